@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 
 @dataclass
@@ -89,6 +89,45 @@ async def without_etag(request: Request, forward: Forward) -> Response | None:
     response = await forward(request)
     response.headers.pop("etag", None)
     return response
+
+
+class Copies:
+    """An action of a store that honours the condition of a copy. The stores of the tests ignore it.
+
+    Attributes:
+        etag: A function that returns the ETag of the object with a key, without quotation marks; an empty text if there is none.
+        form: How the store writes the ETag, to compare it with the condition.
+    """
+
+    def __init__(self, etag: Callable[[str], str], form: str = '"{}"') -> None:
+        self.etag = etag
+        self.form = form
+
+    async def __call__(self, request: Request, forward: Forward) -> Response | None:
+        source = request.headers.get("x-amz-copy-source")
+        if source is not None:
+            present = self.etag(unquote(source).lstrip("/").split("/", 1)[1])
+            if not present:
+                return error(404, "NoSuchKey")
+            if request.headers["x-amz-copy-source-if-match"] not in (self.form.format(present), present):
+                return error(412, "PreconditionFailed")
+        return await forward(request)
+
+
+class Late:
+    """An action that loses a request. `arrive` lets the store execute it later."""
+
+    def __init__(self) -> None:
+        self.lost: list[tuple[Request, Forward]] = []
+
+    async def __call__(self, request: Request, forward: Forward) -> Response | None:
+        self.lost.append((request, forward))
+        return None
+
+    async def arrive(self, action: Action) -> list[int]:
+        """Let the lost requests arrive at a store with this action. Return the statuses of the answers."""
+        answers = [await action(request, forward) for request, forward in self.lost]
+        return [0 if answer is None else answer.status for answer in answers]
 
 
 class Hang:

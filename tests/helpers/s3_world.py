@@ -119,6 +119,11 @@ class Bucket:
     def put(self, key: str, data: bytes, metadata: Mapping[str, str] | None = None) -> None:
         self.s3.put_object(Bucket=self.name, Key=key, Body=data, Metadata=dict(metadata or {}))
 
+    def etag(self, key: str) -> str:
+        """Return the ETag of an object without quotation marks; an empty text if there is none."""
+        entries = self.s3.list_objects_v2(Bucket=self.name, Prefix=key, MaxKeys=1).get("Contents", ())
+        return next((entry["ETag"].strip('"') for entry in entries if entry["Key"] == key), "")
+
     def delete(self, key: str) -> None:
         self.s3.delete_object(Bucket=self.name, Key=key)
 

@@ -13,7 +13,9 @@ import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lab_state._clock import SystemClock
+from lab_state._periods import Seconds, check_history
 from lab_state.exceptions import LockedError, UnsupportedError
+from lab_state.storage._limits import Limits
 from lab_state.storage.s3._format import Names
 from lab_state.storage.s3._threads import S3Threads
 from lab_state.storage.s3._time import Time
@@ -73,6 +75,8 @@ class S3Storage:
         region_name: str | None = None,
         session: Any = None,
         config: Any = None,
+        history: Seconds | None = None,
+        history_bytes: int | None = 1 << 30,
     ) -> None:
         """Check and keep the settings. `open` or `read` imports the client, and sends the first request.
 
@@ -90,13 +94,21 @@ class S3Storage:
                 for credentials in the usual places.
             config: An aiobotocore `AioConfig`, for timeouts, proxies and similar settings.
                 Its retries are ignored, because lab_state repeats requests itself.
+            history: The time for which older snapshots and the changes between them are kept, in seconds
+                or as a `timedelta`: above 0, and at most 10,000,000,000 seconds. With `None`, nothing is kept, and
+                a history that is there stays as it is. The page "State in S3" says what a history costs.
+            history_bytes: The largest number of bytes of the history, without the snapshot in use and the
+                records after it. If it is exceeded, the oldest part is deleted. `None` is no limit.
 
         Raises:
             ImportError: The extra is missing: `pip install 'lab-state[s3]'`, or
                 `pip install '.[s3]'` in a clone of lab_state.
             ValueError: An argument is out of bounds.
+            TypeError: `history` or `history_bytes` has a wrong type.
         """
         _check_extra()
+        length = check_history(history, history_bytes)
+        self._limits = None if length is None else Limits(length, history_bytes)
         self._bucket = _checked_bucket(bucket)
         self._prefix = _checked_prefix(prefix)
         self._endpoint_url = None if endpoint_url is None else _checked_endpoint(endpoint_url)
@@ -197,7 +209,7 @@ class S3Storage:
         try:
             found = await open_state(store, names)
             store.is_opening = False
-            return S3Session(store, names, found, let_go)
+            return S3Session(store, names, found, let_go, self._limits)
         except BaseException:
             await store.aclose()
             raise

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from lab_state._clock import Pauses
 from lab_state._log import Log
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
-from lab_state.storage.s3._body import Body, Upload
+from lab_state.storage.s3._body import Body, Spool, Upload
 from lab_state.storage.s3._connect import STANDSTILL, Client
 from lab_state.storage.s3._failures import FAILURES, failure_of
 from lab_state.storage.s3._outcomes import (
+    COPIES,
     DELETES,
     LISTS,
     READS,
@@ -148,12 +149,34 @@ class Requests:
 
         async def once(client: Client, limit: Limit) -> tuple[ObjectInfo, bytes]:
             response = await client.get_object(Bucket=self._bucket, Key=key)
-            parts: list[bytes] = []
-            async with response["Body"] as body:
-                async for part in body.iter_chunks(_CHUNK):
-                    parts.append(part)
-                    limit.moved()
-            return _found(response), b"".join(parts)
+            return _found(response), await _bytes_of(response, limit)
+
+        return await self._read(once, self.tries("reading", key))
+
+    async def get_end(self, key: str, size: int) -> tuple[ObjectInfo, bytes] | None:
+        """Return an object with the last `size` bytes of its body; `None` if there is no object. It must not be empty."""
+
+        async def once(client: Client, limit: Limit) -> tuple[ObjectInfo, bytes]:
+            response = await client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes=-{size}")
+            return _found(response), await _bytes_of(response, limit)
+
+        return await self._read(once, self.tries("reading", key))
+
+    async def get_spooled(self, key: str) -> tuple[ObjectInfo, Spool] | None:
+        """Return an object with its body in a spool, which the caller must discard; `None` if there is no object."""
+
+        async def once(client: Client, limit: Limit) -> tuple[ObjectInfo, Spool]:
+            response = await client.get_object(Bucket=self._bucket, Key=key)
+            spool = Spool(self.thread)
+            try:
+                async with response["Body"] as body:
+                    async for part in body.iter_chunks(_CHUNK):
+                        limit.moved()
+                        await spool.add(part)
+            except BaseException:
+                spool.discard()
+                raise
+            return _found(response), spool
 
         return await self._read(once, self.tries("reading", key))
 
@@ -183,7 +206,15 @@ class Requests:
         sizes = {str(entry["Key"]): int(entry["Size"]) for entry in page.get("Contents", ())}
         return sizes, page.get("NextContinuationToken") if page.get("IsTruncated") else None
 
-    async def _read(self, once: Callable[[Client, Limit], Awaitable[R]], tries: Tries, needs: str = READS) -> R | None:
+    async def _read(
+        self,
+        once: Callable[[Client, Limit], Awaitable[R]],
+        tries: Tries,
+        needs: str = READS,
+        *,
+        conditional: bool = False,
+    ) -> R | None:
+        """Repeat a request until its outcome is known. Return `None` if the object, or the condition, is not there."""
         while True:
             try:
                 async with self.time.limit(STANDSTILL) as limit:
@@ -192,7 +223,7 @@ class Requests:
                 failure = failure_of(error)
             # Our error is raised after the `except` block. Inside the block, the exception of the client would become its context.
             meaning = verdict(failure)
-            if meaning is Verdict.REFUSED and failure.status == 404:  # noqa: PLR2004 -- 404 Not Found
+            if meaning is Verdict.REFUSED and (conditional or failure.status == 404):  # noqa: PLR2004 -- 404 Not Found
                 return None
             if meaning not in {Verdict.UNKNOWN, Verdict.CONFLICT}:
                 raise tries.refuse(failure, needs)
@@ -297,6 +328,34 @@ class Requests:
         ours = found is not None and found.metadata.get(WRITE_ID) == write_id
         return found.etag if found is not None and ours else _REPLACED
 
+    # Copying
+
+    async def copy(self, source: str, target: str, etag: str) -> bool:
+        """Copy an object within the store, on the condition that it has an ETag.
+
+        If the outcome is unknown, copy again. This is harmless, because it is the same object. For the same reason, a request
+        that arrives late is harmless, if the store honours the condition.
+
+        Returns:
+            Whether the object was copied. It was not copied if it has another ETag or does not exist.
+
+        Raises:
+            UnavailableError: The outcome is still unknown at the time limit.
+            UnsupportedError: The store refuses such a request.
+        """
+        # Some stores compare the ETag with its quotation marks, and others without.
+        for condition in (f'"{unquoted(etag)}"', unquoted(etag)):
+
+            async def once(client: Client, _: Limit, condition: str = condition) -> dict[str, Any]:
+                place = {"Bucket": self._bucket, "Key": source}
+                return await client.copy_object(
+                    Bucket=self._bucket, Key=target, CopySource=place, CopySourceIfMatch=condition
+                )
+
+            if await self._read(once, self.tries("copying", source), COPIES, conditional=True) is not None:
+                return True
+        return False
+
     # Deleting
 
     async def check_deletes(self, key: str) -> None:
@@ -349,6 +408,17 @@ def _parts(keys: list[str]) -> Iterator[list[str]]:
     return (keys[start : start + _MOST_DELETED_AT_ONCE] for start in range(0, len(keys), _MOST_DELETED_AT_ONCE))
 
 
+async def _bytes_of(response: dict[str, Any], limit: Limit) -> bytes:
+    """Return the body of an object."""
+    parts: list[bytes] = []
+    async with response["Body"] as body:
+        async for part in body.iter_chunks(_CHUNK):
+            parts.append(part)
+            limit.moved()
+    return b"".join(parts)
+
+
 def _found(response: dict[str, Any]) -> ObjectInfo:
     metadata = {str(key).lower(): str(value) for key, value in response.get("Metadata", {}).items()}
-    return ObjectInfo(unquoted(str(response.get("ETag", ""))), metadata, int(response["ContentLength"]))
+    whole = str(response.get("ContentRange", "")).rpartition("/")[2]  # the answer may have only a part of the object
+    return ObjectInfo(unquoted(str(response.get("ETag", ""))), metadata, int(whole or response["ContentLength"]))

@@ -8,6 +8,8 @@
   is one frame of the journal. A fence has a number of the same sequence, and is empty.
 * `<prefix>/<name>.probe` is the object with which a start checks that the store honours
   conditions.
+* `<prefix>/<name>.history/<20 digits>-<wall>.json` are older snapshots. The digits are the
+  number of the last record that the snapshot covers, and `wall` is its recorded time.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ value is the size and the CRC-32 of that snapshot.
 
 OWN_BASE = "own"
 
+KEPT = "labstatekept"
+"""The metadata key of a snapshot for the number up to which its writer left the records to the history; 0 if there was none."""
+
 MOST_NUMBER = 10**19 - 1
 """The largest number of a record or a fence. At 1,000 records a second it is reached after 300 million years."""
 
@@ -46,7 +51,20 @@ _END_BYTES = 2 * _TAIL_BYTES
 """The number of bytes at the end of a snapshot that contain its stamp."""
 
 _NUMBER = re.compile(r"[0-9]{20}")  # `\d` would match digits of other scripts too
+_OLDER = re.compile(r"([0-9]{20})-(0|[1-9][0-9]{0,18})\.json")
 _METADATA_NUMBER = re.compile(r"[0-9]{1,19}")
+
+
+class Older(NamedTuple):
+    """An older snapshot that the history keeps. Its key has these numbers.
+
+    Attributes:
+        seq: The number of the last record that it covers.
+        wall: Its recorded time, in milliseconds since 1970. If it has none, the time at which it was copied.
+    """
+
+    seq: int
+    wall: int
 
 
 class Names(NamedTuple):
@@ -58,6 +76,7 @@ class Names(NamedTuple):
         snapshot: The key of the snapshot.
         journal: The beginning of the keys of records and fences, with a slash at its end.
         probe: The key of the probe.
+        history: The beginning of the keys of older snapshots, with a slash at its end.
     """
 
     bucket: str
@@ -65,12 +84,13 @@ class Names(NamedTuple):
     snapshot: str
     journal: str
     probe: str
+    history: str
 
     @classmethod
     def of(cls, bucket: str, prefix: str, name: str) -> Names:
         """Return the names for a state under a prefix, which may be empty."""
         base = f"{prefix}/{name}" if prefix else name
-        return cls(bucket, name, f"{base}.json", f"{base}.journal/", f"{base}.probe")
+        return cls(bucket, name, f"{base}.json", f"{base}.journal/", f"{base}.probe", f"{base}.history/")
 
     def record(self, number: int) -> str:
         """Return the key of a record or a fence."""
@@ -80,6 +100,15 @@ class Names(NamedTuple):
         """Return the number in the key of a record or a fence; `None` for another key."""
         digits = key.removeprefix(self.journal)
         return int(digits) if _NUMBER.fullmatch(digits) else None
+
+    def kept(self, older: Older) -> str:
+        """Return the key of an older snapshot."""
+        return f"{self.history}{older.seq:020d}-{older.wall}.json"
+
+    def older(self, key: str) -> Older | None:
+        """Return the older snapshot that has this key; `None` for another key."""
+        found = _OLDER.fullmatch(key.removeprefix(self.history))
+        return None if found is None else Older(int(found[1]), int(found[2]))
 
     def url(self, key: str) -> str:
         """Return the URL of a key for messages: `s3://bucket/key`."""
@@ -144,6 +173,12 @@ def stamp_in_metadata(metadata: dict[str, str], path: str) -> Stamp | None:
     if not all(map(_METADATA_NUMBER.fullmatch, numbers)):
         raise CorruptionError(path, 0, "its metadata is damaged; restore a copy, with its metadata or without any")
     return Stamp(*map(int, numbers))
+
+
+def kept_in_metadata(metadata: dict[str, str]) -> int | None:
+    """Return the number up to which the records belong to the history; `None` if the metadata do not have it."""
+    number = metadata.get(KEPT, "")
+    return int(number) if _METADATA_NUMBER.fullmatch(number) else None
 
 
 def same_stamp(inside: Stamp | None, outside: Stamp | None, path: str) -> Stamp | None:

@@ -36,16 +36,16 @@ from lab_state.storage.s3._format import (
     OWNER,
     Names,
     Stamp,
+    kept_in_metadata,
     same_stamp,
     stamp_in_body,
     stamp_in_metadata,
     unframe,
 )
-from lab_state.storage.s3._outcomes import WRITE_ID, NotOursError, ObjectInfo
+from lab_state.storage.s3._outcomes import NO_ETAG, WRITE_ID, NotOursError, ObjectInfo
 
 _AT_ONCE = 12
 _SAME_SNAPSHOT = 3
-_NO_ETAG = f'"{"0" * 32}"'
 
 
 class Loaded(NamedTuple):
@@ -59,6 +59,7 @@ class Loaded(NamedTuple):
         last: The highest number of a record or a fence above `covered`; otherwise `covered`.
         records: The sizes of the records above `covered`, by number.
         recovery: The bytes of the snapshot and the records.
+        kept: The number up to which the records belong to the history; `None` if it is not known.
     """
 
     etag: str | None
@@ -68,6 +69,7 @@ class Loaded(NamedTuple):
     last: int
     records: dict[int, int]
     recovery: Recovery
+    kept: int | None
 
 
 class Opened(NamedTuple):
@@ -121,7 +123,7 @@ async def _probe(store: Requests, names: Names) -> None:
         return await store.put_anyhow(names.probe, {WRITE_ID: new_write_id()}, if_match)
 
     # If there was no object, the first write creates it. Then the store must refuse the second write.
-    if (await written(None) and await written(None)) or await written(_NO_ETAG):
+    if (await written(None) and await written(None)) or await written(NO_ETAG):
         raise UnsupportedError(
             f"the store of s3://{names.bucket} ignores If-None-Match or If-Match: it accepted a write that it should "
             "have refused, so it cannot keep two writers apart. Use a store with conditional writes; if versioning of the "
@@ -344,6 +346,7 @@ class Loader:
             max(listed, default=covered),
             {number: size for number, size in listed.items() if size},
             Recovery(data, records, unsettled=False, dropped_bytes=0, crc32=self._crc),
+            0 if found is None else kept_in_metadata(found.metadata),
         )
 
 

@@ -90,6 +90,9 @@ class NotOursError(Exception):
 WRITE_ID = "labstatewid"
 """The metadata key for the id of a write. It has no hyphen or underscore, because some stores change these."""
 
+NO_ETAG = f'"{"0" * 32}"'
+"""An ETag that no object has."""
+
 _REFUSED = frozenset({304, 412})
 _PASSING_STATUS = frozenset({408, 429})
 _PASSING_CODES = frozenset(
@@ -224,10 +227,11 @@ READS = (
     "s3:GetObject on the objects, or s3:ListBucket on the bucket; without s3:ListBucket the store does not report a "
     "missing object as missing"
 )
-"""The permissions for a GET or a HEAD. The next three constants are for other requests."""
+"""The permissions for a GET or a HEAD. The other constants are for other requests."""
 
 LISTS = "s3:ListBucket on the bucket"
 WRITES = "s3:PutObject on the objects, and s3:GetObject to replace one"
+COPIES = "s3:GetObject and s3:PutObject on the objects, also those of the history"
 DELETES = "s3:DeleteObject on the objects"
 
 _ADVICE = {

@@ -24,10 +24,12 @@ from typing import Any, NamedTuple, NoReturn
 
 from lab_state._log import Log
 from lab_state.exceptions import FencedError, StorageError, UnavailableError, UnsupportedError
+from lab_state.storage._limits import Limits
 from lab_state.storage._protocol import Recovery, SnapshotSource
 from lab_state.storage.s3._body import LONG, Body, Spool
 from lab_state.storage.s3._client import Requests
-from lab_state.storage.s3._format import BASE, OWN_BASE, OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
+from lab_state.storage.s3._format import BASE, KEPT, OWN_BASE, OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
+from lab_state.storage.s3._keeping import Keeper, keeps_something
 from lab_state.storage.s3._open import Opened, new_write_id
 from lab_state.storage.s3._outcomes import WRITE_ID, NotOursError, ObjectInfo
 
@@ -51,9 +53,15 @@ class _Pending(NamedTuple):
 class S3Session:
     """A state in S3 that this writer owns until `aclose`; see `StorageSession`."""
 
-    def __init__(self, store: Requests, names: Names, opened: Opened, let_go: Callable[[], None]) -> None:
-        """Begin the session of an opened state. `let_go` is called when the session has ended."""
+    def __init__(
+        self, store: Requests, names: Names, opened: Opened, let_go: Callable[[], None], limits: Limits | None = None
+    ) -> None:
+        """Begin the session of an opened state.
+
+        `let_go` is called when the session has ended. `limits` are those of the history; `None` without a history.
+        """
         fence, loaded, undeletable = opened
+        self._keeper = None if limits is None else Keeper(store, names, limits, fence)
         self.recovery: Recovery = loaded.recovery
         self.path: str = names.url(names.snapshot)
         self.place: object = None  # see `LockedError.place`; the storage sets it
@@ -65,6 +73,8 @@ class S3Session:
         self._base = loaded.base
         self._seq = fence
         self._records = dict(loaded.records)  # sizes, by number, of the records that the snapshot does not cover
+        self._covered = loaded.covered
+        self._left = loaded.kept  # the number up to which records belong to a history; None if it is not known yet
         self._cleaned = 0
         self._pending: _Pending | None = None
         self._deposed: str | None = None
@@ -86,6 +96,11 @@ class S3Session:
     def journal_bytes(self) -> int:
         """The size of the records that the snapshot does not cover, in bytes."""
         return sum(self._records.values())
+
+    @property
+    def history_failures(self) -> int:
+        """The number of snapshots that could not be copied into the history."""
+        return 0 if self._keeper is None else self._keeper.failures
 
     @property
     def progress(self) -> int:
@@ -174,10 +189,13 @@ class S3Session:
 
     async def _publish(self, body: Body, stamp: Stamp, spool: Spool) -> None:
         try:
+            # Without records between them, the old snapshot and the new one are equal.
+            if self._keeper is not None and self._etag is not None and stamp.seq > self._covered:
+                await self._keeper.keep(self._etag, self._covered)
             covered = await self._replace(body, stamp)
         finally:
             spool.discard()
-        self._base = OWN_BASE
+        self._base, self._covered = OWN_BASE, covered
         own = [number for number in self._records if number <= covered]
         for number in own:
             del self._records[number]
@@ -185,7 +203,7 @@ class S3Session:
 
     async def _replace(self, body: Body, stamp: Stamp) -> int:
         """Replace the snapshot. Return the number of the last record that the stored snapshot now covers."""
-        metadata = {WRITE_ID: new_write_id(), **stamp.metadata()}
+        metadata = {WRITE_ID: new_write_id(), **stamp.metadata(), KEPT: str(await self._kept(stamp))}
         tries = self._store.tries("replacing", self._names.snapshot, body.size)
         for _ in range(_MOST_REFUSALS):
             try:
@@ -215,18 +233,31 @@ class S3Session:
             "had reported before it; the next checkpoint tries again"
         )
 
+    async def _kept(self, stamp: Stamp) -> int:
+        """Return the number up to which the records belong to a history, for the metadata of a new snapshot."""
+        if self._keeper is not None:
+            return stamp.seq
+        if self._left is None:  # a person or another program has put the snapshot there, without metadata
+            self._left = self._covered if await keeps_something(self._store, self._names) else 0
+        return self._left
+
     async def _clean(self, covered: int, own: list[int]) -> None:
         """Delete the records up to `covered`, including records that a crash left. Do not delete fences.
+
+        With a history, delete only the records of generations that it lets go.
 
         If the store refused the last deletion, first delete only the records in `own`, which this
         session knows. If the store refuses again, do not list the other records. A failure is
         logged, and not raised.
         """
         try:
+            if self._keeper is not None:
+                if await self._keeper.prune(covered):
+                    self._unwarn()
+                return
             if self.warning is not None:
                 await self._delete(own)
-                self.warning = None
-                _logger.debug("%s: records can be deleted again", self.path)
+                self._unwarn()
             await self._clean_pages(covered)
         except UnsupportedError as refused:
             self._warn(str(refused))
@@ -236,8 +267,10 @@ class S3Session:
     async def _clean_pages(self, covered: int) -> None:
         """Delete the records up to `covered`, from the point where the last call ended.
 
-        After `_MOST_PAGES` pages, leave the rest to the next checkpoint.
+        Leave the records of a history that another session has kept. After `_MOST_PAGES` pages, leave the rest to the
+        next checkpoint.
         """
+        self._cleaned = max(self._cleaned, self._left or 0)
         for _ in range(_MOST_PAGES):
             if self._cleaned >= covered:
                 return
@@ -249,6 +282,12 @@ class S3Session:
 
     async def _delete(self, numbers: list[int]) -> None:
         await self._store.delete(map(self._names.record, numbers))
+
+    def _unwarn(self) -> None:
+        """Note that the store deletes again."""
+        if self.warning is not None:
+            self.warning = None
+            _logger.debug("%s: records can be deleted again", self.path)
 
     def _warn(self, refused: str) -> None:
         """Note that the store refuses deletions. `status()` shows this until a deletion succeeds. Log only the first refusal."""

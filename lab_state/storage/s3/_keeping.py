@@ -1,0 +1,213 @@
+"""The history of a state in S3, as its writer keeps it: older snapshots, and the records that a snapshot covers.
+
+A generation is a snapshot with the records after it, up to the next one. Before a checkpoint replaces a snapshot, the
+snapshot is copied under a key of its own. The records stay where they are. So a copy that fails leaves no gap in the records:
+the generation before it goes on.
+
+The store makes the copy, on the condition that the snapshot still has its ETag. Without this condition, a request that arrives
+late would put another snapshot in the place of a copy. A store that ignores the condition is found out before the first copy.
+There, the bytes are fetched, and sent with the condition that there is no copy yet.
+
+Pruning deletes the records of a generation first, then its snapshot. Fences stay.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+
+from lab_state._log import Log
+from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
+from lab_state.storage._generations import moment_of_snapshot
+from lab_state.storage._limits import Held, Limits, to_prune
+from lab_state.storage.s3._client import Requests
+from lab_state.storage.s3._format import Names, Older
+from lab_state.storage.s3._outcomes import NO_ETAG, WRITE_ID, NotOursError, ObjectInfo, unquoted
+
+_logger = Log(logging.getLogger("lab_state"))
+
+END_BYTES = 4096
+"""The number of bytes at the end of a snapshot that usually have its reserved member."""
+
+_MOST_PAGES = 100
+
+
+class Keeper:
+    """The history of a state that this session has open.
+
+    Attributes:
+        failures: The number of snapshots that could not be copied.
+    """
+
+    def __init__(self, store: Requests, names: Names, limits: Limits, fence: int) -> None:
+        """Begin with a session. `fence` is the number of its fence."""
+        self.failures: int = 0
+        self._store = store
+        self._names = names
+        self._limits = limits
+        self._fence = fence
+        self._honours: bool | None = None  # whether the store honours the condition of a copy; None if not known yet
+        self._kept: list[Older] | None = None  # in order; None until they were listed
+        self._sizes: list[int] = []  # of the snapshots and their records
+        self._before = 0  # the number of bytes of records before the first snapshot
+        self._counted = 0  # the number up to which records were counted
+        self._added = 0  # the number of generations since the last pruning
+
+    # Keeping
+
+    async def keep(self, etag: str, seq: int) -> None:
+        """Copy the present snapshot, if it still has an ETag. `seq` is the number of the last record that it covers.
+
+        A failure is logged and counted, and not raised.
+        """
+        try:
+            await self._keep(etag, seq)
+        except StorageError as error:
+            self.failures += 1
+            _logger.error(  # noqa: TRY400 -- the message has everything
+                "%s: a snapshot could not be copied into the history, so the generation before it goes on: %s",
+                self._names.url(self._names.snapshot),
+                error,
+            )
+
+    async def _keep(self, etag: str, seq: int) -> None:
+        source = await self._store.get_end(self._names.snapshot, END_BYTES)
+        if source is None or source[0].etag != unquoted(etag):
+            return  # another writer has replaced or deleted it, and the checkpoint finds this out
+        found, end = source
+        moment = moment_of_snapshot(end)
+        wall = moment.wall if moment is not None else 0
+        older = Older(seq, max(0, wall) or round(self._store.time.clock.time() * 1000))
+        kept = await self._listed()
+        if older in kept:
+            return
+        target = self._names.kept(older)
+        if await self._honours_conditions():
+            copied = await self._store.copy(self._names.snapshot, target, etag)
+        else:
+            copied = await self._copy_bytes(found, target)
+        if copied:
+            at = bisect_left(kept, older)
+            kept.insert(at, older)
+            self._sizes.insert(at, found.size)
+            self._added += 1
+
+    async def _honours_conditions(self) -> bool:
+        """Return whether the store refuses a copy whose condition is not met. Ask it only once."""
+        if self._honours is None:
+            fence = self._names.record(self._fence)
+            try:
+                ignores = await self._store.copy(fence, self._names.probe, NO_ETAG)
+                # Without the fence, the store would refuse each copy of it.
+                self._honours = not ignores and await self._store.head(fence) is not None
+            except UnsupportedError:
+                self._honours = False
+        return self._honours
+
+    async def _copy_bytes(self, source: ObjectInfo, target: str) -> bool:
+        """Copy the present snapshot with a GET and a PUT. Return False if it is not `source` any longer."""
+        got = await self._store.get_spooled(self._names.snapshot)
+        if got is None:
+            return False
+        found, spool = got
+        try:
+            if found.etag != source.etag:
+                return False
+            body = await spool.body()
+            # The copy has the write id of the snapshot. So an earlier copy of it, perhaps of another session, counts as this one.
+            metadata = {WRITE_ID: f"of {found.etag}", **found.metadata}
+            await self._store.put(target, body, metadata, None)
+        except NotOursError:
+            raise UnavailableError(f"{self._names.url(target)} is another object: move it away") from None
+        finally:
+            spool.discard()
+        return True
+
+    async def _listed(self) -> list[Older]:
+        """Return the older snapshots. List them only once, because no other writer adds or deletes one."""
+        if self._kept is None:
+            sizes = await self._store.sizes(self._names.history, self._names.history)
+            found = {older: size for key, size in sizes.items() if (older := self._names.older(key)) is not None}
+            self._kept = sorted(found)
+            self._sizes = [found[older] for older in self._kept]
+        return self._kept
+
+    # Pruning
+
+    async def prune(self, covered: int) -> bool:
+        """Delete the generations that a rule lets go. Call this after a checkpoint.
+
+        Args:
+            covered: The number of the last record that the snapshot in use covers.
+
+        Returns:
+            Whether something was deleted.
+
+        Raises:
+            StorageError: Some of them may still exist. The next call deletes them.
+        """
+        kept = await self._listed()
+        await self._count(covered)
+        now = round(self._store.time.clock.time() * 1000)
+        held = [Held(0, self._before)] if self._before else []
+        held += [Held(older.wall, size) for older, size in zip(kept, self._sizes, strict=True)]
+        number = to_prune(held, now, self._limits, now, self._added)
+        self._added = 0
+        for _ in range(number):
+            if not await self._delete_oldest(covered):
+                break
+        return number > 0
+
+    async def _count(self, covered: int) -> None:
+        """Add up the sizes of the records up to `covered`. After `_MOST_PAGES` pages, leave the rest to the next call."""
+        kept = await self._listed()
+        for _ in range(_MOST_PAGES):
+            if self._counted >= covered:
+                return
+            sizes, self._counted = await self._page(self._counted, covered)
+            for number, size in sizes.items():
+                at = bisect_left(kept, Older(number, 0)) - 1  # the last snapshot that does not cover this record
+                if at < 0:
+                    self._before += size
+                else:
+                    self._sizes[at] += size
+
+    async def _delete_oldest(self, covered: int) -> bool:
+        """Delete the oldest generation. Return False if a part of it is left to the next call."""
+        kept = await self._listed()
+        is_first = self._before > 0  # the records before the first snapshot
+        start = 0 if is_first else kept[0].seq
+        following = kept if is_first else kept[1:]
+        end = following[0].seq if following else covered
+        if not await self._delete_records(start, end):
+            return False
+        if is_first:
+            self._before = 0
+        else:
+            await self._store.delete([self._names.kept(kept[0])])
+            del kept[0], self._sizes[0]
+        return True
+
+    async def _delete_records(self, start: int, end: int) -> bool:
+        """Delete the records above `start`, up to `end`. Return False if some are left after `_MOST_PAGES` pages."""
+        for _ in range(_MOST_PAGES):
+            if start >= end:
+                return True
+            sizes, start = await self._page(start, end)
+            await self._store.delete([self._names.record(number) for number, size in sizes.items() if size])
+        return False
+
+    async def _page(self, start: int, end: int) -> tuple[dict[int, int], int]:
+        """Return the sizes of some records and fences above `start`, up to `end`, and the number where the next page starts."""
+        page, more = await self._store.page(self._names.journal, self._names.record(start))
+        sizes = {number: size for key, size in page.items() if (number := self._names.number(key)) is not None}
+        last = max(sizes, default=end)  # keys that come after all numbers are not records
+        return {number: size for number, size in sizes.items() if number <= end}, end if more is None else min(
+            last, end
+        )
+
+
+async def keeps_something(store: Requests, names: Names) -> bool:
+    """Return whether there is a history. A session without one must not delete its records."""
+    page, _ = await store.page(names.history, names.history)
+    return any(names.older(key) is not None for key in page)
