@@ -1,4 +1,4 @@
-"""Which generations of a history are deleted. Pure and synchronous."""
+"""The generations that a history deletes, by age and by size. Pure and synchronous."""
 
 from __future__ import annotations
 

@@ -68,6 +68,11 @@ def fences(bucket: Bucket) -> list[int]:
     return [int(key.removeprefix(JOURNAL)) for key, size in bucket.keys(JOURNAL).items() if not size]
 
 
+def failures(session: S3Session) -> int:
+    assert session.history is not None
+    return session.history.failures
+
+
 @pytest.fixture(params=["conditions", "bytes"])
 def copying(request: pytest.FixtureRequest, bucket: Bucket, proxy: Proxy) -> Action:
     """Let the store honour the condition of a copy, or ignore it as the stores of the tests do. Return what it does with a PUT."""
@@ -113,7 +118,7 @@ async def test_what_is_kept(bucket: Bucket, proxy: Proxy, copying: Action) -> No
     assert bucket.get(copies(bucket)[4]) == second
     assert first[1][KEPT] == "3"
     assert (records(bucket), fences(bucket)) == ([2, 3, 4, 6], [1, 5])
-    assert session.history_failures == 0
+    assert failures(session) == 0
 
 
 async def test_the_store_copies_where_it_can(bucket: Bucket, proxy: Proxy) -> None:
@@ -222,7 +227,7 @@ async def test_a_copy_gets_through(bucket: Bucket, proxy: Proxy, copying: Action
     await session.aclose()
     assert list(copies(bucket)) == [2]
     assert bucket.get(copies(bucket)[2]) == data
-    assert session.history_failures == 0
+    assert failures(session) == 0
 
 
 @pytest.mark.parametrize("fault", [lost, cut, answers(500)])
@@ -280,7 +285,7 @@ async def test_a_copy_that_fails(
     session = await opened(bucket, proxy.url)
     await generation(session, b"1")
     await generation(session, b"2")
-    assert session.history_failures == 1
+    assert failures(session) == 1
     assert bucket.get(SNAPSHOT)[0] == b'{"is":"2"}'
     errors = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.ERROR]
     assert len(errors) == 1
@@ -291,7 +296,7 @@ async def test_a_copy_that_fails(
     await session.aclose()
     assert list(copies(bucket)) == [3]
     assert records(bucket) == [2, 3, 4]
-    assert session.history_failures == 1
+    assert failures(session) == 1
 
 
 async def test_an_answer_that_is_always_lost(bucket: Bucket, proxy: Proxy, copying: Action) -> None:
@@ -303,7 +308,7 @@ async def test_an_answer_that_is_always_lost(bucket: Bucket, proxy: Proxy, copyi
     await generation(session, b"1")
     await generation(session, b"2")
     await session.aclose()
-    assert session.history_failures == 1
+    assert failures(session) == 1
     assert list(copies(bucket)) == [2]
     session = await opened(bucket)
     await generation(session, b"3")
@@ -371,7 +376,7 @@ async def test_a_snapshot_that_goes_during_the_copy(bucket: Bucket, proxy: Proxy
         await session.checkpoint(VIEW)
     await session.aclose()
     assert bucket.keys(HISTORY) == {}
-    assert session.history_failures == 0
+    assert failures(session) == 0
 
 
 async def test_another_object_under_the_key(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
@@ -387,7 +392,7 @@ async def test_another_object_under_the_key(bucket: Bucket, caplog: pytest.LogCa
     await session.checkpoint(VIEW)
     await session.aclose()
     assert bucket.get(time_of_copy)[0] == b"foreign"
-    assert session.history_failures == 1
+    assert failures(session) == 1
     assert f"s3://{bucket.name}/{time_of_copy} is another object" in caplog.text
 
 
@@ -462,6 +467,9 @@ async def test_by_size(bucket: Bucket) -> None:
     await generation(session, b"y" * 1000)
     assert records(bucket) == [6, 8]
     await generation(session, b"z" * 1000)
+    assert session.history is not None
+    assert session.history[:2] == (0, 2)
+    assert session.history.bytes == sum(bucket.keys(HISTORY).values()) + sum(bucket.keys(JOURNAL).values())
     await session.aclose()
     assert records(bucket) == [8, 9]
     assert list(copies(bucket)) == [6, 8]
@@ -544,7 +552,7 @@ async def test_without_a_history(bucket: Bucket) -> None:
         session = await opened(bucket, history=None)
         await generation(session, b"3", b"4")
         await session.aclose()
-        assert session.history_failures == 0
+        assert session.history is None
     assert records(bucket) == [2, 3]
     assert bucket.get(SNAPSHOT)[1][KEPT] == "3"
     session = await opened(bucket)

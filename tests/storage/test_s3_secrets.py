@@ -12,6 +12,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -238,7 +239,7 @@ async def test_no_exception_of_the_client_is_chained(bucket: Bucket, proxy: Prox
         ("bucket", {"endpoint_url": f"https://me:1?{SECRET}@host"}),
     ],
 )
-def test_credentials_in_an_argument(bucket_name: str, arguments: dict[str, str]) -> None:
+def test_credentials_in_an_argument(bucket_name: str, arguments: dict[str, Any]) -> None:
     """A URL with a password in the wrong argument is refused without being quoted."""
     with pytest.raises(ValueError, match=r".") as caught:
         S3Storage(bucket_name, **arguments)

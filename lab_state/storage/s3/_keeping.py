@@ -20,6 +20,7 @@ from lab_state._log import Log
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 from lab_state.storage._generations import moment_of_snapshot
 from lab_state.storage._limits import Held, Limits, to_prune
+from lab_state.storage._protocol import HistoryFigures
 from lab_state.storage.s3._client import Requests
 from lab_state.storage.s3._format import Names, Older
 from lab_state.storage.s3._outcomes import NO_ETAG, WRITE_ID, NotOursError, ObjectInfo, unquoted
@@ -33,15 +34,11 @@ _MOST_PAGES = 100
 
 
 class Keeper:
-    """The history of a state that this session has open.
-
-    Attributes:
-        failures: The number of snapshots that could not be copied.
-    """
+    """The history of a state that this session has open."""
 
     def __init__(self, store: Requests, names: Names, limits: Limits, fence: int) -> None:
         """Begin with a session. `fence` is the number of its fence."""
-        self.failures: int = 0
+        self._failures = 0
         self._store = store
         self._names = names
         self._limits = limits
@@ -53,6 +50,12 @@ class Keeper:
         self._counted = 0  # the number up to which records were counted
         self._added = 0  # the number of generations since the last pruning
 
+    @property
+    def figures(self) -> HistoryFigures:
+        """The figures of the history. Before the first checkpoint, no generation is known."""
+        generations = len(self._sizes) + (self._before > 0)
+        return HistoryFigures(self._failures, generations, sum(self._sizes) + self._before)
+
     # Keeping
 
     async def keep(self, etag: str, seq: int) -> None:
@@ -63,7 +66,7 @@ class Keeper:
         try:
             await self._keep(etag, seq)
         except StorageError as error:
-            self.failures += 1
+            self._failures += 1
             _logger.error(  # noqa: TRY400 -- the message has everything
                 "%s: a snapshot could not be copied into the history, so the generation before it goes on: %s",
                 self._names.url(self._names.snapshot),

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 from lab_state._log import Log
 from lab_state.exceptions import FencedError, StorageError, UnavailableError, UnsupportedError
 from lab_state.storage._limits import Limits
-from lab_state.storage._protocol import Recovery, SnapshotSource
+from lab_state.storage._protocol import HistoryFigures, Recovery, SnapshotSource
 from lab_state.storage.s3._body import LONG, Body, Spool
 from lab_state.storage.s3._client import Requests
 from lab_state.storage.s3._format import BASE, KEPT, OWN_BASE, OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
@@ -98,9 +98,9 @@ class S3Session:
         return sum(self._records.values())
 
     @property
-    def history_failures(self) -> int:
-        """The number of snapshots that could not be copied into the history."""
-        return 0 if self._keeper is None else self._keeper.failures
+    def history(self) -> HistoryFigures | None:
+        """The figures of the history, as the last checkpoint found it; `None` if the session keeps none."""
+        return None if self._keeper is None else self._keeper.figures
 
     @property
     def progress(self) -> int:
