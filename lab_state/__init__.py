@@ -8,6 +8,7 @@ from lab_state._escaping import escape_key, escape_name
 from lab_state._history import Generation, list_generations
 from lab_state._items import Items, PlainItems
 from lab_state._metrics import Metrics
+from lab_state._migrations import MigrationDraft, Schema
 from lab_state._state_view import StateView, read_state
 from lab_state._status import MirrorStatus, Status
 from lab_state._transaction import Transaction
@@ -27,6 +28,8 @@ from lab_state.exceptions import (
     KeyNotFoundError,
     LabStateError,
     LockedError,
+    MigrationError,
+    SchemaError,
     StorageError,
     TypeMismatchError,
     UnavailableError,
@@ -65,6 +68,9 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Namespace",
     "PlainItems",
     "Transaction",
+    # schemas and migrations
+    "MigrationDraft",
+    "Schema",
     # storages and calls that read them
     "FileStorage",
     "Generation",
@@ -98,6 +104,8 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "KeyNotFoundError",
     "LabStateError",
     "LockedError",
+    "MigrationError",
+    "SchemaError",
     "StorageError",
     "TypeMismatchError",
     "UnavailableError",

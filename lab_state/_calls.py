@@ -214,7 +214,7 @@ class Calls(Writing, Waits):
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
-        stored = self._encode(value)
+        stored = self._encode(key, value)
         lifetime = self._lifetime(ttl)
         await self._turn()
         if (port := self._core.port) is not None:
@@ -287,7 +287,7 @@ class Calls(Writing, Waits):
         if type is not Any:
             new = await self._replaced(key, new, type, at)
         else:
-            await self._store(key, self._encode(new), at)
+            await self._store(key, self._encode(key, new), at)
         return new
 
     def _whole(self, key: object, type_: Any) -> str:

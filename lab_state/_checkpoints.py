@@ -66,6 +66,11 @@ class Checkpoints:
         self._pauses = pauses
         self._given = given
 
+    def note_commit(self, *, is_due: bool) -> None:
+        """Note a commit that was made before the flusher started. `is_due` says whether a checkpoint is due."""
+        self.records += 1
+        self.due = is_due
+
     @property
     def is_waiting(self) -> bool:
         """Whether a due checkpoint waits only because `State.frozen` is set. After a failed checkpoint this is False."""

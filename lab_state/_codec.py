@@ -15,6 +15,9 @@ any key of the state expires, there is one member more: `time` is the time of th
 milliseconds since 1970. The next start continues from `time`, and adds the time that has passed on the wall clock
 since the write; see `_expiry.resumed`.
 
+If the state has other versions than `FIRST_VERSIONS`, the members `schema` and `readable_by` have them, behind `wall`. A record
+has both members only if it changes one of them.
+
 If there are results of calls that other processes made, the member `calls` has them (`shared/_results.py`).
 A snapshot that a running manager writes has the member `"followed":true`; see `_journal.is_followed`.
 A snapshot in S3 has the members `seq` and `fence`, too (`storage/s3/_format.py`).
@@ -27,14 +30,14 @@ import re
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from lab_state._arguments import RESERVED, check_key
 from lab_state._buffers import ByteBuffer
-from lab_state._entries import ChangeSet, Expiring, Json, Layer, Stored, StoredOrGone, Value
+from lab_state._entries import FIRST_VERSIONS, ChangeSet, Expiring, Json, Layer, Stored, StoredOrGone, Value, Versions
 from lab_state._journal import SNAPSHOT_END, SNAPSHOT_END_BYTES
 from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._not_json import NOT_JSON, not_an_object
@@ -48,6 +51,9 @@ FORMAT = 1
 _CRC = b',"crc32":"'
 _ID = re.compile(r"[0-9a-f]{16}")
 _LAST_REVISION = 2**63 - 1
+
+Version: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+"""A version of a schema in stored JSON."""
 
 
 class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,6 +69,8 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expires: dict[str, Int64] = {}
     time: Int64 = 0
     wall: Int64 = 0
+    schema: Version = 1
+    readable_by: Version = 1
     calls: SnapshotCalls = {}
     followed: bool = False
     seq: int | None = None
@@ -87,6 +95,7 @@ class LoadedState(NamedTuple):
     time: int = 0
     wall: int = 0
     results: ResultTable | None = None
+    versions: Versions = FIRST_VERSIONS
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"start": "from", "end": "to"}):
@@ -100,7 +109,14 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"s
     expires: dict[str, Int64] = {}
     time: Int64 = 0
     wall: Int64 = 0
+    schema: Version | None = None
+    readable_by: Version | None = None
     calls: RecordCalls | UnsetType = UNSET  # a default of {} would make a dict for each record
+
+    @property
+    def versions(self) -> Versions | None:
+        """The versions from this record on; `None` if the record does not change them."""
+        return None if self.schema is None else Versions(self.schema, self.readable_by or self.schema)
 
 
 _decode_entries = msgspec.json.Decoder(dict[str, Raw]).decode
@@ -117,7 +133,8 @@ def encode_small_record(taken: ChangeSet, calls: RecordCalls | None = None) -> b
     clear = b"true" if taken.cleared else b"false"
     record = b'{"from":%d,"to":%d,"clear":%s,"set":%s,"delete":[],"expires":{},"wall":%d}'
     record = record % (taken.start, taken.end, clear, values, taken.wall)
-    return record[:-1] + _calls(calls) + b"}" if calls else record
+    end = _end(taken.versions, calls)
+    return record[:-1] + end + b"}" if end else record
 
 
 def encode_record(taken: ChangeSet, calls: RecordCalls | None = None) -> Iterator[bytes]:
@@ -137,9 +154,13 @@ def encode_record(taken: ChangeSet, calls: RecordCalls | None = None) -> Iterato
     yield from times(expires, mark)
     time = b',"time":%d' % taken.time if taken.time else b""
     yield mark + b'}%s,"wall":%d' % (time, taken.wall)
-    if calls:
-        yield _calls(calls)
-    yield b"}"
+    yield _end(taken.versions, calls) + b"}"
+
+
+def _end(versions: Versions | None, calls: RecordCalls | SnapshotCalls | None) -> bytes:
+    """Return the JSON of the members behind `wall`; no bytes if there are none."""
+    end = b"" if versions is None else b',"schema":%d,"readable_by":%d' % versions
+    return end + _calls(calls) if calls else end
 
 
 def _calls(calls: RecordCalls | SnapshotCalls) -> bytes:
@@ -199,7 +220,7 @@ def replay(snapshot: LoadedState, records: Iterable[bytes], path: str, *, first:
     Raises:
         CorruptionError: A record cannot be decoded or has an expiry without a value, or changes before it are missing.
     """
-    entries, revision, times, time, wall, results = snapshot
+    entries, revision, times, time, wall, results, versions = snapshot
     expires = dict(times)
     for number, data in enumerate(records, first):
         try:
@@ -225,11 +246,12 @@ def replay(snapshot: LoadedState, records: Iterable[bytes], path: str, *, first:
                 expires.pop(key, None)
         expires.update(record.expires)
         time, wall = record.time or time, record.wall or wall
+        versions = record.versions or versions
         revision = record.end
         if record.calls is not UNSET:
             results = results or ResultTable()
             results.apply(record.calls, revision)
-    return LoadedState(entries, revision, expires, time, wall, results)
+    return LoadedState(entries, revision, expires, time, wall, results, versions)
 
 
 def encode_snapshot(
@@ -239,6 +261,7 @@ def encode_snapshot(
     *,
     copy_loaded: bool,
     wall: int = 0,
+    versions: Versions = FIRST_VERSIONS,
     calls: SnapshotCalls | None = None,
     is_followed: bool = False,
 ) -> Iterator[bytes]:
@@ -251,11 +274,12 @@ def encode_snapshot(
         wall: The time of the wall clock, in milliseconds since 1970.
         copy_loaded: Whether to replace loaded values in the view by copies, if the view is a dict. A
             loaded value is a part of a large buffer, and keeps all of that buffer in memory.
+        versions: The versions of the state at this revision.
         calls: The results of calls of other processes at this revision, if there are any.
         is_followed: Whether the snapshot gets the followed mark; see `_journal.is_followed`.
     """
     crc = 0
-    end = _calls(calls) if calls else b""
+    end = _end(None if versions == FIRST_VERSIONS else versions, calls)
     if is_followed:
         end += b',"followed":true'
     for data in chain(_uncovered(view, revision, time, wall, copy_loaded=copy_loaded), (end,)):
@@ -267,7 +291,7 @@ def encode_snapshot(
 def _uncovered(
     view: dict[str, Stored] | Layer, revision: int, time: int, wall: int, *, copy_loaded: bool
 ) -> Iterator[bytes]:
-    """Yield a snapshot up to its member `calls`. The checksum covers these bytes, `calls` and `followed`."""
+    """Yield a snapshot up to its member `wall`. The checksum covers these bytes, and the members behind `wall`."""
     opening = b"{"
     expires: dict[str, int] = {}
     parts = parts_of(view.items(), expires, [])
@@ -313,7 +337,8 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedSta
     if meta.calls:
         results = ResultTable()
         results.load(meta.calls)
-    return LoadedState(entries, meta.revision, expires, meta.time, meta.wall, results)
+    versions = Versions(meta.schema, meta.readable_by)
+    return LoadedState(entries, meta.revision, expires, meta.time, meta.wall, results, versions)
 
 
 def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:

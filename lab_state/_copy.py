@@ -80,7 +80,10 @@ async def _write(name: str, target: Storage, state: LoadedState, tell: Progress)
     async def slices() -> AsyncIterator[bytes]:
         written = 0
         view = {key: _with_time(state, key) for key in state.entries}
-        for part in encode_snapshot(view, state.revision, state.time, copy_loaded=False, wall=state.wall):
+        slices = encode_snapshot(
+            view, state.revision, state.time, copy_loaded=False, wall=state.wall, versions=state.versions
+        )
+        for part in slices:
             yield part
             written += len(part)
             tell("written", written)

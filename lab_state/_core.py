@@ -121,6 +121,9 @@ class CallCore:
         write_through: Whether a write waits for durability.
         passing: Whether a call without `await` runs now while a `Bulk` holds the lock. The call cannot
             wait, so it writes before the `Bulk` does.
+        value_check: A function that checks each value before it is stored. It gets the whole key and the stored form, and
+            raises an `InvalidValueError`. `None` if the schema has no types. In a manager with such a function,
+            `blocked` is always set.
         port: The object that sends each write to the owner of a shared state; `None` if the state is not
             shared. With a port, `blocked` is always set.
     """
@@ -135,6 +138,7 @@ class CallCore:
         "state",
         "timed",
         "transaction",
+        "value_check",
         "write_through",
     )
 
@@ -149,6 +153,7 @@ class CallCore:
         self.timed: bool = False
         self.write_through: bool = False
         self.passing: bool = False
+        self.value_check: Callable[[str, Value], object] | None = None
         self.port: Port | None = None
 
     @property
@@ -329,7 +334,7 @@ class Core(CallCore):
 
     def _set_blocked(self) -> None:
         """Recompute `blocked`."""
-        self.blocked = self.must_wait or bool(self.state.views) or self.port is not None
+        self.blocked = self.must_wait or bool(self.state.views) or self.port is not None or self.value_check is not None
 
     @property
     def must_wait(self) -> bool:

@@ -67,6 +67,22 @@ StoredOrGone: TypeAlias = Stored | Literal[Absent.DELETED, Absent.EXPIRED]
 """The effect of a change on one key: its new value, or the reason why there is none."""
 
 
+class Versions(NamedTuple):
+    """The versions that a state has, as its last writer gave them.
+
+    Attributes:
+        schema: The version of the schema of the values, 1 or more.
+        readable_by: The oldest version of the code that can read the values.
+    """
+
+    schema: int
+    readable_by: int
+
+
+FIRST_VERSIONS = Versions(1, 1)
+"""The versions of a state in which none are stored."""
+
+
 class ChangeSet(NamedTuple):
     """The changes that one commit makes durable.
 
@@ -78,6 +94,7 @@ class ChangeSet(NamedTuple):
         since: The time of the oldest change, in seconds of `State.monotonic`.
         time: The result of `State.now` when the changes were taken; 0 if no key expires.
         wall: The time of the wall clock when the changes were taken, in milliseconds since 1970.
+        versions: The new versions of the state; `None` if they have not changed.
     """
 
     start: int
@@ -87,6 +104,7 @@ class ChangeSet(NamedTuple):
     since: float
     time: int = 0
     wall: int = 0
+    versions: Versions | None = None
 
 
 class Readable(Protocol):

@@ -67,8 +67,10 @@ def take_pieces(state: State, within: Range) -> list[Chunk] | None:
     """Return the pieces of a range. Return `None` if one step is enough, or if calls on this state must not await."""
     if within.limit is not None and within.limit < MANY:
         return None
+    if not state.has_steps:
+        return None
     pieces = state.pieces(within.low, within.high)
-    if not state.has_steps or sum(map(len, pieces)) < MANY:
+    if sum(map(len, pieces)) < MANY:
         return None
     return pieces
 

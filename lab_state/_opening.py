@@ -73,7 +73,7 @@ def state_of(found: LoadedState, path: str, clock: Clock, logger: Log) -> State:
     """Return a `State` with the content of a decoded state. Its clock runs from now on."""
     state = State(clock.monotonic, time_of(found, path, clock, logger), clock.time)
     state.load(found.entries, found.revision, found.expires)
-    state.results = found.results
+    state.results, state.versions, state.written_at = found.results, found.versions, found.wall
     return state
 
 

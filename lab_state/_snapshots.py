@@ -116,6 +116,7 @@ class SnapshotViews:
             state.now(),
             copy_loaded=copy_loaded,
             wall=state.wall(),
+            versions=state.versions,
             calls=calls,
             is_followed=self._is_followed,
         )

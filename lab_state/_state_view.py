@@ -31,10 +31,12 @@ class StateView(Reads):
             start shows whether it is lost.
         wall: The time of the writer's wall clock at its last write to the storage, in seconds since
             1970; `None` if no time is recorded, as in a file of another program.
+        schema: The version of the schema of the values; see `Schema`. It is 1 if none is recorded.
+        readable_by: The oldest version of the code that can read the values.
         live: Whether a writer has the state open; `None` if that is unknown.
     """
 
-    __slots__ = ("_path", "durable_revision", "live", "revision", "wall")
+    __slots__ = ("_path", "durable_revision", "live", "readable_by", "revision", "schema", "wall")
 
     def __init__(self, name: str, loaded: Decoded, now: float) -> None:
         """Make the view for `read_state`. `now` is the time of the wall clock, in seconds since 1970."""
@@ -51,6 +53,9 @@ class StateView(Reads):
         self.durable_revision: int = loaded.durable_revision
         self.wall: float | None = found.wall / 1000 if found.wall else None
         self.live: bool | None = loaded.live
+        self.schema: int
+        self.readable_by: int
+        self.schema, self.readable_by = found.versions
         super().__init__(_Still(name, state, Counters()), "")
 
     def __repr__(self) -> str:

@@ -1,79 +1,24 @@
-"""The calls of a transaction, and the draft that holds its changes until they are made."""
+"""The calls of a transaction, whose changes are in a draft until they are made."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Coroutine, Mapping
-from typing import Any, TypeVar, cast, final
-from weakref import ref
+from typing import Any, TypeVar, final
 
 from lab_state import _batch
-from lab_state._batch import Batch
 from lab_state._bulk import run_in_steps
 from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore, Core
+from lab_state._draft import Draft
 from lab_state._durability import Durability
-from lab_state._entries import Absent, Stored, StoredOrGone, Value
-from lab_state._layered import Layered, LayeredEntries
+from lab_state._entries import StoredOrGone
 from lab_state._periods import Seconds
 from lab_state._plain import Plain
 from lab_state._state import State
-from lab_state._undo import UndoView
 from lab_state._values import encode_value
 from lab_state.exceptions import ClosedError, InvalidValueError
 
 R = TypeVar("R")
-
-
-class Draft(Layered):
-    """A state on top of another state, its base.
-
-    No other writer changes the base while the draft exists. The subclass `OptimisticDraft` allows such changes.
-
-    `revision` is the revision that the base will have after `merge`, if `merge` changes the base.
-    """
-
-    __slots__ = ("_only_values",)
-
-    def __init__(self, base: State) -> None:
-        """Begin with the entries of `base`, and no changes."""
-        super().__init__(base)
-        self._only_values = True
-        self.revision = base.revision + 1
-
-    def view(self) -> UndoView[Stored]:
-        """Open a view of the draft; see `State.view`. The view has a copy of the changes, so `Transaction.set` need not call `before_overwrite`."""
-        assert isinstance(self.entries, LayeredEntries)
-        view = UndoView[Stored](None, LayeredEntries(self.entries.base, dict(self.changes)))
-        self.views.append(ref(view))
-        return view
-
-    def merge(self) -> int | None:
-        """Apply all changes to the base, as one change. Return the new revision, or `None` if nothing changed."""
-        changes: dict[str, StoredOrGone] = self.changes
-        if self._only_values:
-            return self.base.set_many(cast("dict[str, Value]", changes)) if changes else None
-        gone: Container[str] = () if self.cleared else self.base.entries
-        changes = {key: to for key, to in changes.items() if not isinstance(to, Absent) or key in gone}
-        if not changes and not (self.cleared and len(self.base.entries)):
-            return None
-        return self.base.apply(changes, cleared=self.cleared)
-
-    def batch(self) -> Batch:
-        """Return all changes as a batch for the base. The draft must not be used after this."""
-        return Batch(self.base, self.changes, cleared=self.cleared)
-
-    def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
-        """Apply changes to the draft. All changes of a draft have the same revision."""
-        self._only_values = False
-        super().apply(changes, cleared=cleared)
-        self.revision = self.base.revision + 1
-        return self.revision
-
-    def _empty(self) -> None:
-        self.changes.clear()
-        self.entries = LayeredEntries({}, self.changes)
-        self.cleared = True
-        self.expiries.clear()
 
 
 class DraftCore(CallCore):
@@ -92,6 +37,7 @@ class DraftCore(CallCore):
 
     def __init__(self, core: Core) -> None:
         super().__init__(core.name, core.state, core.counters)
+        self.value_check = core.value_check
         self._core = core
         self.changes: dict[str, StoredOrGone] = {}
         self.known: Container[str] = ()
@@ -227,11 +173,11 @@ class Transaction(Plain):
 
     def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> None:
         """Store a value in the transaction; see `Manager.set`."""
-        if ttl is not None:
-            self._run(self._calls.set(key, value, ttl=ttl))
+        core = self._core
+        if ttl is not None or core.value_check is not None:
+            self._run(self._calls._put(key, value, ttl))  # noqa: SLF001 -- `Transaction` is the only user of its `_calls`
             return
         # This repeats `Writing.set`, because running its coroutine would take longer than storing the value.
-        core = self._core
         try:
             stored = encode_value(value)
         except InvalidValueError:

@@ -322,17 +322,20 @@ class Writing(Reads):
     # Steps that the writing calls share
 
     def _note_for_views(self, key: object, ttl: Seconds | None) -> bool:
-        """Keep the value of a key for open iterators, and return True. If `set` may have to wait or has a `ttl`, or the state is shared, return False."""
+        """Keep the value of a key for open iterators, and return True.
+
+        If `set` may have to wait or has a `ttl`, or the state is shared or has types, return False.
+        """
         core = self._core
-        if ttl is not None or core.must_wait or core.port is not None:
+        if ttl is not None or core.must_wait or core.port is not None or core.value_check is not None:
             return False
         if isinstance(key, str):
             core.state.before_overwrite((self._prefix + str.__str__(key),))
         return True
 
     async def _put(self, key: str, value: object, ttl: Seconds | None) -> int:
-        """Store a value as `set` does, in the rare cases: with a `ttl`, or if the caller may have to wait."""
-        stored = self._encode(value)
+        """Store a value as `set` does, in the rare cases: with a `ttl`, with a type, or if the caller may have to wait."""
+        stored = self._encode(key, value)
         lifetime = self._lifetime(ttl)
         full = check_key(self._full(key))
         await self._turn()
@@ -351,7 +354,7 @@ class Writing(Reads):
 
     async def _replaced(self, key: str, value: object, type_: Any, at: int | None) -> Any:
         """Store a value that must be a `type_`, and return it as a read would return it."""
-        stored = self._encode(value)
+        stored = self._encode(key, value)
         try:
             fresh = decode_value(stored, type_)
         except TypeMismatchError as error:
@@ -378,18 +381,22 @@ class Writing(Reads):
             return self._missing(key, default), None
         return old, self._expiry(key)
 
-    def _encode(self, value: object) -> Value:
-        """Return the stored form of a value. If the value is refused, count the error."""
+    def _encode(self, key: object, value: object) -> Value:
+        """Return the stored form of a value of a key. If the value is refused, count the error."""
+        check = self._core.value_check
         try:
-            return encode_value(value)
+            stored = encode_value(value)
+            if check is not None:
+                check(self._full(key), stored)
         except InvalidValueError:
             self._core.counters.set_errors += 1
             raise
+        return stored
 
     def _encode_one(self, key: str, value: object) -> Value:
         """Return the stored form of one of several values. The error names its key."""
         try:
-            return self._encode(value)
+            return self._encode(key, value)
         except InvalidValueError as error:
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
 

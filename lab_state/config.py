@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import cast
+from typing import Literal, cast
 
 import msgspec
 
@@ -52,6 +52,8 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             this time, the call raises `UnavailableError`, and `start()` may raise `LockedError` instead.
             An owner gives one sign of life each second. So a running owner counts as silent after 2
             seconds at the earliest, even if this value is smaller.
+        migrate: Whether `start()` migrates a state whose schema is older than that of the code; see `Schema`. With
+            `"refuse"`, `start()` raises `SchemaError` instead. Then migrate the state with the command `lab-state migrate`.
 
     Raises:
         InvalidNameError: The name is out of bounds. The name becomes a file name. So a name
@@ -66,6 +68,7 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lock_timeout: float | None = 0.0
     shared: bool = False
     owner_timeout: float = 10.0
+    migrate: Literal["auto", "refuse"] = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -89,8 +92,15 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _check_seconds("owner_timeout", self.owner_timeout)
         if self.owner_timeout == 0:
             raise ValueError("Config.owner_timeout must be above 0 seconds, or no call could wait for the owner")
+        self._check_migrate()
         if self.shared:
             self._check_shared()
+
+    def _check_migrate(self) -> None:
+        if not isinstance(self.migrate, str):
+            raise TypeError(f"Config.migrate must be a str, not {type(self.migrate).__name__}")
+        if self.migrate not in {"auto", "refuse"}:
+            raise ValueError('Config.migrate must be "auto" or "refuse"')
 
     def _check_shared(self) -> None:
         if self.flush_interval != 0:

@@ -76,6 +76,40 @@ class TypeMismatchError(LabStateError):
         return str(self.args[0])
 
 
+class SchemaError(LabStateError):
+    """The schema of the code and the state do not fit: use other code, or migrate the state. The state was left untouched.
+
+    `Manager.start` raises it in these cases. The message says which one, and what to do.
+
+    - Newer code wrote the state, and it allows no code as old as this; see `Schema.readable_by`.
+    - The state needs a migration, and `Config.migrate` is `"refuse"`.
+    - The state is shared, and its owner runs with another schema.
+    - With `Schema(strict=True)`: a value has a member that its type does not know.
+    """
+
+
+class MigrationError(LabStateError):
+    """A migration failed, or a value does not have its type after all migrations: fix the migration. The state was left untouched.
+
+    `Manager.start` raises it. If a migration raised an exception, that exception is the `__cause__`. Its text may contain values.
+
+    Attributes:
+        migration: The version to which the migration leads that failed. If a value does not have its type: the last version.
+        key: The key of the value that does not have its type; `None` if the migration failed otherwise.
+        path: The JSON path to the part of that value; `$` is the value itself.
+    """
+
+    def __init__(self, message: str, migration: int, key: str | None = None, path: str = "$") -> None:
+        super().__init__(message, migration, key, path)
+        self.migration = migration
+        self.key = key
+        self.path = path
+
+    def __str__(self) -> str:
+        """Return the message alone, because it contains the migration, the key and the path."""
+        return str(self.args[0])
+
+
 class ClosedError(LabStateError):
     """The manager or the reader is not running: use it between its start and its stop.
 

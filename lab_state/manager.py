@@ -24,6 +24,7 @@ from lab_state._foreign import check_on_fenced, described
 from lab_state._forgotten import caller, note, started_here
 from lab_state._log import Log, Logs, check_logger
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
+from lab_state._migrations import WITHOUT, Committed, Schema, SchemaStart, checked_schema
 from lab_state._opening import check_asyncio, loaded, opened
 from lab_state._state import State
 from lab_state._status import MirrorStatus, Phase, Role, Status, status_of
@@ -66,6 +67,7 @@ class Manager(Scope, BackedUp):
         "_own_mirror",
         "_phase",
         "_running",
+        "_schema",
         "_started_at",
         "_stop_began",
         "_stopping",
@@ -84,6 +86,7 @@ class Manager(Scope, BackedUp):
         logger: logging.Logger | logging.LoggerAdapter[Any] | Logs | None = None,
         clock: Clock | None = None,
         on_fenced: Callable[[FencedError], object] | None = None,
+        schema: Schema | None = None,
     ) -> None:
         """Check and keep the settings. No file is touched before `start()`.
 
@@ -105,10 +108,13 @@ class Manager(Scope, BackedUp):
                 `start()`. Use it to end the process: `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
                 logged. If the function raises `SystemExit` or `KeyboardInterrupt`, the event loop ends. With and without
                 the function, one line is logged at level ERROR.
+            schema: The version and the types of the values, and the migrations of older states. A manager without a schema
+                has version 1, and no types.
 
         Raises:
             InvalidNameError: The name is out of bounds.
             TypeError: An argument has the wrong type.
+            ValueError: The schema lacks a migration.
         """
         self._config = Config(name=config) if isinstance(config, str) else config
         if not isinstance(self._config, Config):
@@ -118,6 +124,7 @@ class Manager(Scope, BackedUp):
             check_cache(cache)
         if on_fenced is not None:
             check_on_fenced(on_fenced)
+        self._schema = WITHOUT if schema is None else checked_schema(schema)
         self._storage = storage
         self._on_fenced = on_fenced
         self._cache = cache
@@ -140,7 +147,9 @@ class Manager(Scope, BackedUp):
         self._sweeper: Sweeper | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._backups: Backups = Backups()
-        super().__init__(Core(self._config.name, State(self._clock.monotonic)), "")
+        core = Core(self._config.name, State(self._clock.monotonic))
+        core.value_check = None if self._schema.checks is None else self._schema.checks.check
+        super().__init__(core, "")
 
     def __repr__(self) -> str:
         """Return the name, the phase and the storage."""
@@ -178,6 +187,11 @@ class Manager(Scope, BackedUp):
         If another writer holds a state that is not shared, the call tries again for `Config.lock_timeout` seconds. While it
         waits, a message at level WARNING names that writer, at once and then about every 10 s.
 
+        If the schema of the manager is newer than the state, all migrations run on one draft, each value is checked against the
+        types of the schema, and one commit makes the change durable. Or the state stays as it is, in memory and in the storage.
+        This blocks the event loop, for about as long as two loads with each migration. The log shows the progress. The
+        migration is not repeated after a crash that comes later.
+
         In a shared state, the call waits until this process is the owner, or follows the owner. While the owner loads the
         state, the call waits without a limit.
 
@@ -193,6 +207,8 @@ class Manager(Scope, BackedUp):
             UnsupportedError: The state cannot be opened as it is. For example, a permission is missing, or a newer version of
                 lab_state wrote it. Or the state is shared, and the storage is not a `FileStorage`. Or the state is shared, and the
                 owner has another version of lab_state.
+            SchemaError: The schema of the manager does not fit the state. Nothing was changed.
+            MigrationError: A migration failed, or a value is not of its type after the migrations. Nothing was changed.
         """
         self._core.check_process()
         check_asyncio()
@@ -224,10 +240,17 @@ class Manager(Scope, BackedUp):
         session = await opened(self._storage, self._config, self._clock, self._logger)
         try:
             state = loaded(session, self._config.name, self._clock, self._logger, began)
-            self._run(state, session)
+            found = session.recovery
+            is_new = found.snapshot is None and not found.records
+            committed = await self._schema_start().use(state, session, is_new=is_new)
+            self._run(state, session, committed)
         except BaseException:
             await session.aclose()
             raise
+
+    def _schema_start(self) -> SchemaStart:
+        may_migrate = self._config.migrate == "auto"
+        return SchemaStart(self._config.name, self._schema, may_migrate, self._clock, self._logger)
 
     async def _start_shared(self) -> None:
         """Start as one of the processes of a shared state."""
@@ -238,7 +261,14 @@ class Manager(Scope, BackedUp):
                 "directory. Processes on several machines can read a mirror; see RedisCache"
             )
         around = Surroundings(
-            storage, self._clock, self._logger, self._times, self._on_fenced, self._mirror_maker(), self._started_at
+            storage,
+            self._clock,
+            self._logger,
+            self._times,
+            self._on_fenced,
+            self._mirror_maker(),
+            self._started_at,
+            self._schema_start(),
         )
         member = Member(self._core, self._config, around)
         await member.start()
@@ -250,7 +280,7 @@ class Manager(Scope, BackedUp):
             return None
         return partial(MirrorWriter, self._config.name, self._cache, self._clock, self._logger, self._mirrored)
 
-    def _run(self, state: State, session: StorageSession) -> None:
+    def _run(self, state: State, session: StorageSession, migration: Committed | None) -> None:
         """Start the tasks and timers of a loaded state, and accept calls. If this raises an error, none of them runs."""
         watchers = Watchers(state)
         make_mirror = self._mirror_maker()
@@ -259,6 +289,8 @@ class Manager(Scope, BackedUp):
         flusher = Flusher(
             state, session, self._config, self._clock, self._logger, committed, self._times, self._on_fenced
         )
+        if migration is not None:
+            flusher.checkpoints.note_commit(is_due=migration.is_due)
         self._own_mirror = mirror
         sweeper = run_alone(self._core, flusher, watchers, mirror, self._clock)
         flusher.forgotten = note(flusher, session, self._config.name, self._storage, self._started_at)

@@ -18,7 +18,18 @@ from msgspec import Raw
 
 from lab_state._arguments import MAX_KEY_LENGTH, RESERVED, check_key
 from lab_state._codec import LoadedState, decode_snapshot, encode_record, encode_small_record, encode_snapshot, replay
-from lab_state._entries import DELETED, EXPIRED, Absent, ChangeSet, Expiring, Json, Stored, StoredOrGone, Value
+from lab_state._entries import (
+    DELETED,
+    EXPIRED,
+    FIRST_VERSIONS,
+    Absent,
+    ChangeSet,
+    Expiring,
+    Json,
+    Stored,
+    StoredOrGone,
+    Value,
+)
 from lab_state._types import decode_value
 from lab_state._values import encode_value
 from lab_state.cache._format import message
@@ -442,7 +453,7 @@ def test_an_edit_by_hand_keeps_the_expiry_times(indent: int | None) -> None:
         "c": b"4",
         "new": b"5",
     }
-    assert loaded[1:] == (43, {"a": 5_000}, 1_000, 2_000, None)
+    assert loaded[1:] == (43, {"a": 5_000}, 1_000, 2_000, None, FIRST_VERSIONS)
 
 
 @pytest.mark.parametrize(

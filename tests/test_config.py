@@ -201,7 +201,8 @@ def test_all_fields_but_the_name_are_given_by_name() -> None:
 def test_a_config_shows_all_its_fields() -> None:
     """The representation of a config names each field, the name first, and can be evaluated."""
     shown = (
-        "Config(name='jobs', flush_interval=1.0, stop_timeout=8.0, lock_timeout=0.0, shared=False, owner_timeout=10.0)"
+        "Config(name='jobs', flush_interval=1.0, stop_timeout=8.0, lock_timeout=0.0, shared=False, owner_timeout=10.0, "
+        "migrate='auto')"
     )
     assert repr(Config("jobs")) == shown
 

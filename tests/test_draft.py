@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from lab_state._draft import Draft
 from lab_state._entries import DELETED, EXPIRED, Absent, Expiring, Stored, StoredOrGone, Value
 from lab_state._state import WATCHED_CLEAR, State
-from lab_state._transaction import Draft
 
 
 class Ticks:

@@ -11,7 +11,9 @@ import pytest
 from lab_state import FileStorage, Manager
 from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state._journal import NO_BASE, Accepted, accept, base_of, scan
+from lab_state._migrations import ANY
 from lab_state._types import decode_value
+from lab_state.testing import ManualClock
 
 V1 = Path(__file__).parent / "golden" / "v1"
 
@@ -37,6 +39,8 @@ STATE_AFTER: dict[str, Any] = {
 
 WALLS: dict[str, Any] = {"n": 3, "stays": [1, {"a": "é"}]}
 
+MIGRATED: dict[str, Any] = {"users/ann": {"first": "Ann", "last": "B", "v": 3}, "n": 2}
+
 GO_MAP: dict[str, Any] = {
     "config": {"enabled": True, "hosts": ["a.example", "b.example"], "limits": {"max": 1e6, "min": 1e-7}},
     "count": 3,
@@ -53,7 +57,8 @@ def read(name: str) -> bytes:
 
 def name_in(journal: str | None) -> str:
     """Return the name of the state that a golden journal belongs to."""
-    return journal.removesuffix(".journal") if journal in {"walls.journal", "followed.journal"} else "state"
+    own = {"walls.journal", "followed.journal", "migrated.journal"}
+    return journal.removesuffix(".journal") if journal in own else "state"
 
 
 def content(loaded: LoadedState) -> tuple[dict[str, Any], int]:
@@ -128,9 +133,19 @@ def test_a_journal_with_an_end_opens() -> None:
     assert content(loaded) == ({"z": 0}, 12)
 
 
+def test_a_journal_with_versions_opens() -> None:
+    """A later writer of format 1 has the versions of the schema in its snapshots, and in each record that changes them."""
+    accepted, torn, loaded = load("migrated.journal", "migrated.json")
+    assert (len(accepted.records), accepted.unclean, torn) == (3, True, 0)
+    assert content(loaded) == (MIGRATED, 7)
+    assert (loaded.versions, loaded.expires) == ((3, 2), {"users/ann": 1_700_003_600_000})
+    assert decode_snapshot(read("migrated.json"), "migrated.json").versions == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("snapshot", "journal", "values"),
     [
+        ("migrated.json", "migrated.journal", MIGRATED),
         ("walls.json", "walls.journal", WALLS),
         ("followed.json", "followed.journal", {"n": 2}),
         ("state.json", "state.journal", STATE_AFTER),
@@ -149,6 +164,7 @@ async def test_a_manager_opens_them(tmp_path: Path, snapshot: str, journal: str 
     (tmp_path / f"{name}.json").write_bytes(read(snapshot))
     if journal is not None:
         (tmp_path / f"{name}.journal").write_bytes(read(journal))
+    clock = ManualClock()
     for _ in range(2):
-        async with Manager(name, FileStorage(tmp_path)) as state:
+        async with Manager(name, FileStorage(tmp_path), schema=ANY, clock=clock) as state:
             assert await state.get_all() == values

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lab_state._draft import Draft
 from lab_state._entries import ChangeSet, Expiring, Stored
 from lab_state._order import _index, _sorted_keys, bounds
 from lab_state._order._sorted_keys import SortedKeys
 from lab_state._state import State
-from lab_state._transaction import Draft
 from lab_state.cache._local_copy import LocalCopy
 
 HIGHEST = "\U0010ffff"

@@ -53,13 +53,16 @@ def test_the_page_lists_every_line() -> None:
 
 
 def test_few_lines_are_info() -> None:
-    """INFO is a start, a stop, a new role, and a slow checkpoint."""
+    """INFO is a start, a migration, a stop, a new role, and a slow checkpoint."""
     info = sorted(line for level, line in lines_in_code() if level == "INFO")
     assert [line.split("%s: ", 1)[1].split(" ", 1)[0] for line in info] == [
         "a",
         "follows",
         "loaded",
+        "migrated",
+        "migrates",
         "stopped",
+        "the",
         "this",
     ]
 

@@ -73,7 +73,7 @@ def test_a_view_has_no_other_calls() -> None:
     """It cannot be written to, and what it has is documented where the manager's calls are."""
     public = {name for name in dir(StateView) if not name.startswith("_")}
     calls = {name for name in dir(Reads) if not name.startswith("_")}
-    assert public - calls == {"durable_revision", "live", "revision", "wall"}
+    assert public - calls == {"durable_revision", "live", "readable_by", "revision", "schema", "wall"}
     named = {"expires_in", "get", "get_all", "get_many", "keys"}
     assert calls == {"exists", "items", *named, *(f"{name}_nowait" for name in named)}
     assert calls <= {name for name, _ in inspect.getmembers(Manager)}

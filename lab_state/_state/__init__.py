@@ -267,7 +267,8 @@ class State(Ordered):
     def untaken(self) -> ChangeSet:
         """Return the changes that `take` would take away."""
         time = self.now() if self.expires else 0
-        return ChangeSet(self.taken, self.revision, self.cleared, self.changes, self.since, time, self.wall())
+        versions = self.versions if self.versions_at > self.taken else None
+        return ChangeSet(self.taken, self.revision, self.cleared, self.changes, self.since, time, self.wall(), versions)
 
     def take(self, taken: ChangeSet | None = None) -> ChangeSet:
         """Take the changes away for a commit, and return them.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 from lab_state._entries import (
+    FIRST_VERSIONS,
     MISSING,
     Absent,
     Expiring,
@@ -14,6 +15,7 @@ from lab_state._entries import (
     Stored,
     StoredOrGone,
     Value,
+    Versions,
 )
 from lab_state._expiry import Expiries
 from lab_state._order import Index
@@ -67,6 +69,10 @@ class Contents:
             optional: the number of items that one step frees.
         results: The results of calls that other processes made, as they were loaded; `None` if there are
             none. Each snapshot contains them.
+        versions: The versions of the state. Each snapshot contains them, unless they are `FIRST_VERSIONS`.
+        written_at: The time of the wall clock at the last write before the state was loaded, in milliseconds since 1970; 0 if
+            it is not known. It is for messages.
+        versions_at: The revision of the change with which the versions become durable. It may be the next change.
         borrowed: Whether values may be views of the buffer from which they were loaded, and
             keep it alive.
         views: The views that `items()` reads. If the list is not empty, `before_overwrite`
@@ -102,7 +108,10 @@ class Contents:
         "since",
         "swept",
         "taken",
+        "versions",
+        "versions_at",
         "views",
+        "written_at",
     )
 
     def __init__(
@@ -127,6 +136,9 @@ class Contents:
         self.on_first_change: Callable[[], object] | None = None
         self.free: Callable[..., object] = ignore
         self.results: ResultTable | None = None
+        self.versions: Versions = FIRST_VERSIONS
+        self.versions_at: int = 0
+        self.written_at: int = 0
         self.views: Views[Stored] = []
         self.on_views: Callable[[], object] = no_clock
         self._held: list[dict[Any, Any]] = []
@@ -157,6 +169,7 @@ class Contents:
         self.load({}, other.revision)
         self.entries, self.expiries, self.borrowed = other.entries, other.expiries, other.borrowed
         self.epoch, self.results = other.epoch, other.results
+        self.versions, self.versions_at, self.written_at = other.versions, other.versions_at, other.written_at
 
     @property
     def stored(self) -> int:

@@ -20,9 +20,9 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore, Core
+from lab_state._draft import Draft
 from lab_state._durability import Durability, copied
 from lab_state._state import State
-from lab_state._transaction import Draft
 from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.shared._answers import Ended, Refusal, changes_of
 from lab_state.shared._messages import Changes
@@ -84,6 +84,7 @@ class _BodyCore(CallCore):
 
     def __init__(self, core: Core, durability: Durability, draft: State) -> None:
         super().__init__(core.name, draft, core.counters)
+        self.value_check = core.value_check
         self._durability = durability
 
     @property

@@ -42,7 +42,7 @@ class SharedCopy(Upkeep):
         """Show a state that was loaded. The `epoch` of the copy stays as it is."""
         fresh = State(self._clock.monotonic, self._clock.time(), self._clock.time)
         fresh.load(loaded.entries, loaded.revision, loaded.expires)
-        fresh.epoch, fresh.results = self.state.epoch, loaded.results
+        fresh.epoch, fresh.results, fresh.versions = self.state.epoch, loaded.results, loaded.versions
         self.replace(fresh)
 
     def replace(self, fresh: State) -> None:

@@ -19,7 +19,7 @@ from msgspec import Raw
 
 from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore
-from lab_state._entries import DELETED, ChangeSet, Expiring, Stored, StoredOrGone, size_of
+from lab_state._entries import DELETED, ChangeSet, Expiring, Stored, StoredOrGone, Value, size_of
 from lab_state._following import stored_of
 from lab_state._metrics import Counters
 from lab_state._periods import Seconds
@@ -121,13 +121,19 @@ class Engine(Generic[C]):
         is_ending: Whether calls that were not executed before are answered with "moved".
     """
 
-    def __init__(self, layer: OwnerLayer, monotonic_ns: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        layer: OwnerLayer,
+        monotonic_ns: Callable[[], int],
+        value_check: Callable[[str, Value], object] | None = None,
+    ) -> None:
         """Begin with the loaded state. A client of the table is forgotten if it does not connect within a minute.
 
         Args:
             layer: The layer. It has no changes yet. Its copy has the loaded state and the table of results.
                 The engine sets `on_applied` of the layer.
             monotonic_ns: A function that returns the time of `CLOCK_MONOTONIC`, in nanoseconds.
+            value_check: See `CallCore`. Values that other processes have encoded are not checked again.
         """
         self.is_ending: bool = False
         self._layer = layer
@@ -141,6 +147,7 @@ class Engine(Generic[C]):
         self._own: list[Executed[Any]] = []
         self._end: float = math.inf  # the revision at which the record under way ends
         self._core = _LayerCore(layer)
+        self._core.value_check = value_check
         self._calls = _MessageCalls(self._core, "")
         layer.on_applied = self._note
 

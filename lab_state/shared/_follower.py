@@ -15,10 +15,12 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from lab_state import _batch
 from lab_state._clock import Clock, done_within
 from lab_state._codec import LoadedState
+from lab_state._entries import Versions
 from lab_state._foreign import described
 from lab_state._loading import load
 from lab_state._log import Log
-from lab_state.exceptions import LabStateError, StorageError, UnavailableError, UnsupportedError
+from lab_state._migrations import WITHOUT, Schema, check_follower
+from lab_state.exceptions import LabStateError, SchemaError, StorageError, UnavailableError, UnsupportedError
 from lab_state.shared._copy import SharedCopy
 from lab_state.shared._found import check_reaches
 from lab_state.shared._frames import BadMessageError
@@ -61,7 +63,14 @@ class Follower:
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
-        self, name: str, storage: Storage, copy: SharedCopy, clock: Clock, logger: Log, met: Callable[[], object]
+        self,
+        name: str,
+        storage: Storage,
+        copy: SharedCopy,
+        clock: Clock,
+        logger: Log,
+        met: Callable[[], object],
+        schema: Schema = WITHOUT,
     ) -> None:
         """Prepare a connection.
 
@@ -72,6 +81,7 @@ class Follower:
             clock: The clock of the manager.
             logger: The logger of the manager.
             met: A callback. It is called for a `Welcome` and for each `Starting`.
+            schema: The schema of the code.
         """
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[bool] = loop.create_future()
@@ -87,6 +97,7 @@ class Follower:
         self._clock = clock
         self._logger = logger
         self._met = met
+        self._schema = schema
         self._load: _Load | None = None
         self._loading: asyncio.Task[None] | None = None
         self._is_known = False
@@ -166,6 +177,10 @@ class Follower:
         """
         self.owner_pid = welcome.pid
         self._met()
+        if (error := self._schema_fault(welcome)) is not None:
+            self.link.is_admitted = False  # no call may be sent
+            self._give_up(error)
+            return
         if not welcome.known:
             self._port.forgotten()
             return  # the owner closes the connection
@@ -185,6 +200,15 @@ class Follower:
             self.link.watch(are_watched=True)
         if not welcome.load:
             self.ready.set_result(True)
+
+    def _schema_fault(self, welcome: Welcome) -> SchemaError | None:
+        """Return the error if the code of this process has a schema that does not fit the state; otherwise `None`."""
+        versions = Versions(welcome.schema, welcome.readable_by)
+        try:
+            check_follower(versions, self._schema, self._name, self.owner_pid)
+        except SchemaError as error:
+            return error
+        return None
 
     def refused(self, no: No) -> None:
         """Note that the owner does not admit this process."""

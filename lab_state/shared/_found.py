@@ -204,6 +204,7 @@ class Settling:
         self._changes: dict[str, StoredOrGone] = {}
         self._cleared = False
         self._end = base.revision
+        self._versions = base.versions
         self._table: ResultTable | None = None
         if base.results is not None:
             self._table = ResultTable()
@@ -216,6 +217,7 @@ class Settling:
             self._changes, self._cleared = {}, True
         self._changes.update(record.changes)
         self._end = record.end
+        self._versions = record.versions or self._versions
         if record.calls:
             self._table = self._table or ResultTable()
             self._table.apply(record.calls, record.end)
@@ -231,6 +233,15 @@ class Settling:
         base = self._base
         calls = None if self._table is None else self._table.snapshot()
         entries = Layer({} if self._cleared else base.entries, self._changes)
-        for part in encode_snapshot(entries, self._end, base.now(), copy_loaded=False, wall=base.wall(), calls=calls):
+        slices = encode_snapshot(
+            entries,
+            self._end,
+            base.now(),
+            copy_loaded=False,
+            wall=base.wall(),
+            versions=self._versions,
+            calls=calls,
+        )
+        for part in slices:
             yield part
             await asyncio.sleep(0)

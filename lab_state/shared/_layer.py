@@ -48,6 +48,7 @@ class OwnerLayer(Layered):
         self._swept_at = 0  # the revision of the layer at the last sweep
         super().__init__(self._middle)
         self.skip_to(copy.revision)
+        self.versions, self.versions_at = copy.versions, copy.versions_at
 
     def now(self) -> int:
         """Return the time of the copy."""

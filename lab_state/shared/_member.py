@@ -18,6 +18,7 @@ from lab_state._core import Core
 from lab_state._durability import copied
 from lab_state._foreign import described
 from lab_state._forgotten import note
+from lab_state._migrations import Committed
 from lab_state._opening import state_of, tell_loaded, warn_of_torn_tail
 from lab_state._status import Phase, Role, Status, status_of, status_of_follower
 from lab_state._sweeper import SWEPT_AT_START
@@ -165,7 +166,13 @@ class Member(SharedCopy):
     async def _follow(self, connected: OwnSocket) -> bool:
         """Follow the owner at the other end. Return True when calls can be made, or False if the connection has ended before that."""
         follower = Follower(
-            self._name, self._around.storage, self, self._clock, self._logger, lambda: self._met(follower)
+            self._name,
+            self._around.storage,
+            self,
+            self._clock,
+            self._logger,
+            lambda: self._met(follower),
+            self._around.schema.schema,
         )
         self._follower = follower
         try:
@@ -235,9 +242,13 @@ class Member(SharedCopy):
         if whole is not None:
             self.replace(whole)
         await self.apply_all(found.tail)
+        migration = await self._use_schema(session) if is_start else around.schema.check(self.state, session)
         mirror = None if around.make_mirror is None else around.make_mirror()
         flusher = owner.own(session, mirror, SWEPT_AT_START if is_start else 0)
         flusher.refused = self._end_waits
+        if migration is not None:
+            flusher.checkpoints.note_commit(is_due=migration.is_due)
+            flusher.last_records.add(migration.start, migration.end, migration.data)
         flusher.forgotten = note(flusher, session, self._name, around.storage, around.started_at)
         self.mirror = mirror
         seconds = self._clock.monotonic() - began
@@ -252,6 +263,14 @@ class Member(SharedCopy):
                 seconds,
             )
         return flusher
+
+    async def _use_schema(self, session: SharedSession) -> Committed | None:
+        """Migrate the state, if it is older than the code. Other processes wait meanwhile."""
+        found = session.recovery
+        is_new = found.snapshot is None and not found.records
+        committed = await self._around.schema.use(self.state, session, is_new=is_new)
+        self.durable_revision = self.state.revision
+        return committed
 
     def _attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
         if self._owner is not None:

@@ -69,6 +69,8 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         epoch: The time of the state, in seconds, when `CLOCK_MONOTONIC` is 0.
         revision: The durable revision.
         load: Whether the client must read the files.
+        schema: The version of the schema of the state.
+        readable_by: The oldest version of the code that can read the state.
     """
 
     lab_state: Literal["shared"] = "shared"
@@ -79,6 +81,8 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     epoch: float
     revision: Count
     load: bool
+    schema: Number = 1
+    readable_by: Number = 1
 
 
 class No(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

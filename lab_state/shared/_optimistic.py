@@ -12,11 +12,12 @@ from typing import cast
 
 from lab_state._arguments import check_key
 from lab_state._core import Core
+from lab_state._draft import Draft
 from lab_state._durability import Durability
 from lab_state._entries import Absent, Readable, Stored, StoredOrGone
 from lab_state._layered import LayeredEntries, Live
 from lab_state._state import State
-from lab_state._transaction import Draft, DraftCore
+from lab_state._transaction import DraftCore
 from lab_state.exceptions import ClosedError, ConflictError, InvalidKeyError
 from lab_state.shared._answers import Refusal
 from lab_state.shared._checks import MOST_KEYS

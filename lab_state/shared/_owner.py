@@ -17,6 +17,7 @@ from lab_state._entries import ChangeSet
 from lab_state._foreign import only_storage_errors
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
+from lab_state._migrations import SchemaStart
 from lab_state._sweeper import Sweeper
 from lab_state.cache._mirror import MirrorWriter
 from lab_state.config import Config
@@ -48,6 +49,7 @@ class Surroundings(NamedTuple):
         make_mirror: A function that returns a writer of the mirror; `None` if there is no cache. It must not refer
             to the manager. Otherwise a manager that was dropped could not be garbage-collected.
         started_at: The place in the application that started the manager.
+        schema: The schema of the code, with what a start needs to use it.
     """
 
     storage: FileStorage
@@ -57,6 +59,7 @@ class Surroundings(NamedTuple):
     on_fenced: Callable[[FencedError], object] | None
     make_mirror: Callable[[], MirrorWriter] | None
     started_at: str
+    schema: SchemaStart
 
 
 class Owner:
@@ -107,7 +110,8 @@ class Owner:
         """
         state = self._copy.state
         layer = OwnerLayer(state)
-        engine: Engine[Connection] = Engine(layer, time.monotonic_ns)
+        checks = self._around.schema.schema.checks
+        engine: Engine[Connection] = Engine(layer, time.monotonic_ns, None if checks is None else checks.check)
         flusher = OwnerFlusher(
             layer,
             engine,
@@ -255,6 +259,8 @@ class Owner:
             epoch=self._copy.epoch,
             revision=self.durable_revision,
             load=lacks,
+            schema=self._copy.state.versions.schema,
+            readable_by=self._copy.state.versions.readable_by,
         )
 
     def admit(self, connection: Connection, hello: Hello) -> int:

@@ -19,7 +19,7 @@ from msgspec import UNSET
 from lab_state._arguments import check_keys
 from lab_state._batch import in_parts
 from lab_state._codec import Record, decode_record
-from lab_state._entries import DELETED, ChangeSet, StoredOrGone
+from lab_state._entries import DELETED, ChangeSet, StoredOrGone, Versions
 from lab_state._following import Step, apply_step, changes_of
 from lab_state._not_json import NOT_JSON
 from lab_state._slices import unsliced
@@ -46,6 +46,7 @@ class ParsedRecord(NamedTuple):
         time: The time of the state at the commit, in milliseconds since 1970; 0 if the record has no expiry and no expired key.
         wall: The time of the owner's wall clock, in milliseconds since 1970.
         calls: The results of calls; `None` if there are none.
+        versions: The new versions of the state; `None` if they have not changed.
     """
 
     start: int
@@ -55,12 +56,13 @@ class ParsedRecord(NamedTuple):
     time: int = 0
     wall: int = 0
     calls: RecordCalls | None = None
+    versions: Versions | None = None
 
 
 def record_of(taken: ChangeSet, calls: RecordCalls | None = None) -> ParsedRecord:
     """Return the record of an owner's own changes. It has the same effect as the record that was encoded from them."""
-    start, end, cleared, changes, _, time, wall = taken
-    return ParsedRecord(start, end, cleared, changes, time, wall, calls)
+    start, end, cleared, changes, _, time, wall, versions = taken
+    return ParsedRecord(start, end, cleared, changes, time, wall, calls, versions)
 
 
 def parse_record(data: bytes | memoryview) -> ParsedRecord:
@@ -153,7 +155,9 @@ def _check_keys(keys: Collection[str]) -> None:
 
 def _parsed(record: Record, changes: dict[str, StoredOrGone]) -> ParsedRecord:
     calls = None if record.calls is UNSET else record.calls
-    return ParsedRecord(record.start, record.end, record.clear, changes, record.time, record.wall, calls)
+    return ParsedRecord(
+        record.start, record.end, record.clear, changes, record.time, record.wall, calls, record.versions
+    )
 
 
 class Outcome(Enum):
@@ -191,7 +195,7 @@ class RecordApplier:
         """
         outcome = self.outcome(record)
         if outcome is Outcome.APPLIED:
-            self._note_results(record)  # this comes first: if the step fails, the same record is applied again
+            self._note_members(record)  # this comes first: if the step fails, the same record is applied again
             apply_step(self.copy, record.changes, record.end, cleared=record.cleared, time=record.time)
         return outcome
 
@@ -214,11 +218,12 @@ class RecordApplier:
         self._prepared = None
         outcome = self.outcome(record)
         if step is not None:
-            self._note_results(record)
+            self._note_members(record)
             step.finish()
         return outcome
 
-    def _note_results(self, record: ParsedRecord) -> None:
+    def _note_members(self, record: ParsedRecord) -> None:
+        self.copy.versions = record.versions or self.copy.versions
         if record.calls:
             if self.copy.results is None:
                 self.copy.results = ResultTable()

@@ -36,7 +36,13 @@ class FrameViews(SnapshotViews):
         beneath = self.freeze()
         view = Layer({} if changes.cleared else beneath, changes.changes)
         slices = encode_snapshot(
-            view, changes.end, copy.now(), copy_loaded=False, wall=copy.wall(), calls=self._results()
+            view,
+            changes.end,
+            copy.now(),
+            copy_loaded=False,
+            wall=copy.wall(),
+            versions=changes.versions or copy.versions,
+            calls=self._results(),
         )
         return self._given(slices, beneath, changes.end, copy_loaded=False)
 

@@ -27,8 +27,8 @@ NAME = "lab"
 
 
 def manager(directory: Path, cache: Cache | None = None, **settings: Any) -> Manager:
-    """Make a manager of the shared state. Settings may be `clock`, `logger` and `on_fenced` of `Manager`, or those of `Config`."""
-    given = {key: settings.pop(key) for key in ("clock", "logger", "on_fenced") if key in settings}
+    """Make a manager of the shared state. Settings may be `clock`, `logger`, `on_fenced` and `schema` of `Manager`, or those of `Config`."""
+    given = {key: settings.pop(key) for key in ("clock", "logger", "on_fenced", "schema") if key in settings}
     return Manager(Config(NAME, shared=True, **settings), FileStorage(directory), cache, **given)
 
 

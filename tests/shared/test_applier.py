@@ -95,14 +95,14 @@ def test_a_record_is_parsed() -> None:
     assert found[:6] == (41, 45, True, {**changes, "d": DELETED}, 700, 800)
     assert found.calls is not None
     assert msgspec.json.encode(found.calls) == msgspec.json.encode(calls)
-    assert record_of(taken, calls) == (41, 45, True, changes, 700, 800, calls)
+    assert record_of(taken, calls) == (41, 45, True, changes, 700, 800, calls, None)
 
 
 def test_a_small_record_is_parsed() -> None:
     """A record without times and results has neither."""
     data = encode_small_record(ChangeSet(1, 2, cleared=False, changes={"a": "text"}, since=0.0))
     assert data is not None
-    assert parse_record(memoryview(data)) == (1, 2, False, {"a": "text"}, 0, 0, None)
+    assert parse_record(memoryview(data)) == (1, 2, False, {"a": "text"}, 0, 0, None, None)
 
 
 def test_a_large_record_is_parsed_in_steps() -> None:

@@ -70,7 +70,7 @@ OWNERS: list[tuple[m.FromOwner, bytes]] = [
         WELCOME,
         (
             b'W........{"lab_state":"shared","protocol":1,"host":"web-1","pid":7,"known":true,"epoch":1.5,"revision":42,'
-            b'"load":false}'
+            b'"load":false,"schema":1,"readable_by":1}'
         ),
     ),
     (

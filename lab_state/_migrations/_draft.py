@@ -1,0 +1,172 @@
+"""`MigrationDraft`: the calls of a migration. Its changes are in a draft until all migrations have succeeded."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar, final
+
+from lab_state._arguments import check_key
+from lab_state._calls import Calls, at_once
+from lab_state._core import CallCore
+from lab_state._draft import Draft
+from lab_state._entries import DELETED, Expiring
+from lab_state._metrics import Counters
+from lab_state._periods import Seconds
+from lab_state._plain import Plain
+from lab_state._state import State
+from lab_state._values import encode_value
+from lab_state.exceptions import InvalidKeyError, InvalidValueError, KeyNotFoundError
+
+R = TypeVar("R")
+
+
+class MigrationCore(CallCore):
+    """The core of the calls of one migration.
+
+    Attributes:
+        refused: The key whose value was refused last; `None` if none was.
+    """
+
+    __slots__ = ("_is_over", "refused")
+
+    state: State  # of the base class, and assigned here as well: see `lab_state._state.State`
+    blocked: bool
+
+    def __init__(self, name: str, draft: Draft) -> None:
+        super().__init__(name, draft, Counters())
+        self.blocked = True  # otherwise `Writing.set` would need a flusher
+        self.refused: str | None = None
+        self._is_over = False
+
+    def check_open(self) -> None:
+        """Check that the migration runs.
+
+        Raises:
+            RuntimeError: The migration has ended.
+        """
+        if self._is_over:
+            raise RuntimeError("this migration is over: use the draft only inside its function")
+
+    @property
+    def must_wait(self) -> bool:
+        """Always True, so that each write calls `turn`."""
+        return True
+
+    async def turn(self) -> None:
+        """Return at once."""
+
+    def end(self) -> None:
+        """Refuse later calls. A second call does nothing."""
+        self.state.close_views()
+        self.state, self._is_over = State(), True
+
+
+class _MigrationCalls(Calls):
+    """The calls on the draft."""
+
+    __slots__ = ()
+
+    def _check_loop(self) -> None:
+        """Check that the migration runs. There is no event loop to check."""
+        self._check_open()
+
+
+@final
+class MigrationDraft(Plain):
+    """The whole state during a migration, with the calls that read and change it, without `await`.
+
+    It has the calls of a transaction, each with the same guarantees and errors. There is one difference: `set` and
+    `set_many` keep the expiry of a key, unless they get a `ttl`. There is one call more: `move`. A call sees the changes
+    of the migrations before it. Values are not checked against the types of the schema before all migrations have ended.
+
+    To read a large state, iterate over `items`, which has few values in memory at once. The iterator shows the
+    state as it was at its first step, so keys may be set and deleted in the loop.
+
+    Raises:
+        RuntimeError: Each call raises it after the end of the migration.
+    """
+
+    __slots__ = ("_core", "_prefix")
+
+    _may_wait = False
+
+    def __init__(self, core: MigrationCore, prefix: str = "") -> None:
+        super().__init__(_MigrationCalls(core, prefix))
+        self._core = core
+        self._prefix = prefix
+
+    def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        return at_once(coroutine)
+
+    def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> None:
+        """Store a value. Without a `ttl`, an existing key keeps its expiry, or stays without one.
+
+        To remove the expiry of a key, use `touch(key, None)`. For the arguments and errors, see `Manager.set`.
+        """
+        core = self._core
+        try:
+            if ttl is not None:
+                self._run(self._calls.set(key, value, ttl=ttl))
+                return
+            stored = encode_value(value)
+        except InvalidValueError as error:
+            core.refused = key
+            raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
+        core.check_open()
+        full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `MigrationDraft` and its calls are one object in two parts
+        state = core.state
+        if full not in state.entries:
+            check_key(full)
+        elif isinstance(old := state.entries[full], Expiring) and old.at > state.now():
+            state.set(full, Expiring(stored, old.at))
+            return
+        state.changes[full] = stored  # as in `Transaction.set`; `apply` would take longer
+
+    def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> None:
+        """Store several values; see `set`."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
+        for key, value in values.items():
+            self.set(key, value, ttl=ttl)
+
+    def move(self, old: str, new: str) -> None:
+        """Move a value and its expiry to another key.
+
+        Args:
+            old: The key. It is missing afterwards.
+            new: The new key. It must not exist.
+
+        Raises:
+            KeyNotFoundError: `old` is missing.
+            InvalidKeyError: `new` exists already: two keys cannot become one. Or one of the keys is out of bounds.
+        """
+        core, calls = self._core, self._calls
+        core.check_open()
+        source, target = (check_key(calls._full(key)) for key in (old, new))  # noqa: SLF001 -- as above
+        state = core.state
+        if not state.has(source):
+            raise KeyNotFoundError(old)
+        if source == target:
+            return
+        if state.has(target):
+            raise InvalidKeyError(
+                f"the key {old!r} cannot move to {new!r}, which exists already: delete one of them first"
+            )
+        state.apply({target: state.entries[source], source: DELETED}, cleared=False)
+
+    def namespace(self, name: str) -> MigrationDraft:
+        """Return a handle of this draft for the keys that begin with `name` and a slash; see `Manager.namespace`."""
+        return MigrationDraft(self._core, self._calls._nested(name))  # noqa: SLF001 -- as above
+
+    def __repr__(self) -> str:
+        """Return the prefix, and the name of the state."""
+        prefix = f"{self._prefix!r} of " if self._prefix else "of "
+        return f"<MigrationDraft {prefix}{self._core.name!r}>"
+
+    def __len__(self) -> int:
+        """Return the number of keys, with the changes made so far. This looks at each of these changes."""
+        return len(self._calls)
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether the key exists, with the changes made so far."""
+        return key in self._calls

@@ -1,0 +1,115 @@
+"""The types of the values of a schema. Pure and synchronous.
+
+A member is *unknown* to a type if a read as this type ignores it, so that a write of the result would drop it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from msgspec import Raw
+
+from lab_state._arguments import check_prefix
+from lab_state._checking import Misfit, misfit_of
+from lab_state._entries import Json, Value
+from lab_state._models import path_of
+from lab_state._parts import shortened
+from lab_state._types import check_type, decode_json, decode_value
+from lab_state._values import encode
+from lab_state.exceptions import InvalidValueError, TypeMismatchError
+
+_PROBE = {"$lab_state": "probe"}
+"""A value that hardly any type accepts. It takes the place of a member, to find out whether a type looks at the member."""
+
+
+class Types:
+    """The types of the values under some prefixes. If several prefixes fit a key, the longest one counts."""
+
+    def __init__(self, types: Mapping[str, Any], *, strict: bool) -> None:
+        """Check and keep the types.
+
+        Raises:
+            TypeError: A prefix is not a `str`, or a type cannot be decoded.
+        """
+        for prefix, type_ in types.items():
+            check_prefix(prefix)
+            check_type(type_)
+        self._strict = strict
+        self._by_length = sorted(types.items(), key=lambda item: len(item[0]), reverse=True)
+
+    def of(self, key: str) -> tuple[Any] | None:
+        """Return the type of a key, in a tuple; `None` if it has none."""
+        for prefix, type_ in self._by_length:
+            if key.startswith(prefix):
+                return (type_,)
+        return None
+
+    def misfit(self, key: str, value: Value) -> Misfit | None:
+        """Return the reason why a value is not of the type of its key; `None` if it is, or if the key has no type."""
+        found = self.of(key)
+        if found is None:
+            return None
+        try:
+            decoded = decode_value(value, found[0])
+        except TypeMismatchError as error:
+            return misfit_of(key, error)
+        if self._strict and isinstance(value, bytes | Raw):
+            path = _unknown_member(value, decoded, found[0])
+            if path is not None:
+                return Misfit(key, path, "a member that the type does not know")
+        return None
+
+    def check(self, key: str, value: Value) -> None:
+        """Check a value before it is stored.
+
+        Raises:
+            InvalidValueError: The value is not of the type of its key.
+        """
+        if (wrong := self.misfit(key, value)) is not None:
+            raise InvalidValueError(f"the value of {key!r} does not fit the schema: {wrong.expected}", wrong.path)
+
+
+def _unknown_member(value: bytes | Raw, decoded: object, type_: Any) -> str | None:
+    """Return the path of the first member that a type does not know; `None` if it knows all."""
+    tree = decode_json(value)
+    for way, holder in _dropped(tree, decode_json(encode(decoded)), ()):
+        # A type may know a member that is not written again, such as one with its default value.
+        kept, holder[way[-1]] = holder[way[-1]], _PROBE
+        is_known = _changes(tree, way, type_)
+        holder[way[-1]] = kept
+        if not is_known:
+            return shortened(path_of([*way]))
+    return None
+
+
+def _changes(tree: object, way: tuple[Any, ...], type_: Any) -> bool:
+    """Return whether the member at a way has an effect when decoded JSON is read as a type."""
+    try:
+        again = decode_json(encode(decode_value(Json(encode(tree)), type_)))
+    except TypeMismatchError:
+        return True
+    return _has(again, way)
+
+
+def _dropped(before: Any, after: Any, way: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any]]]:
+    """Yield each member of decoded JSON that is missing in other decoded JSON: the way to it, and the dict that has it."""
+    if before.__class__ is dict and after.__class__ is dict:
+        for name, part in list(before.items()):
+            if name in after:
+                yield from _dropped(part, after[name], (*way, name))
+            else:
+                yield (*way, name), before
+    elif before.__class__ is list and after.__class__ is list:
+        for index, (part, other) in enumerate(zip(before, after, strict=False)):
+            yield from _dropped(part, other, (*way, index))
+
+
+def _has(tree: Any, way: tuple[Any, ...]) -> bool:
+    """Return whether decoded JSON has the part to which a way leads."""
+    for step in way:
+        try:
+            tree = tree[step]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True

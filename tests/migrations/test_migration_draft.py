@@ -1,0 +1,213 @@
+"""`MigrationDraft`: the calls of a migration, and the expiry of the keys that they change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lab_state import (
+    InvalidKeyError,
+    InvalidValueError,
+    KeyNotFoundError,
+    Manager,
+    MemoryStorage,
+    MigrationDraft,
+    MigrationError,
+    Schema,
+    read_state,
+)
+from lab_state.testing import ManualClock
+
+Function = Callable[[MigrationDraft], object]
+
+
+@pytest.fixture
+def storage() -> MemoryStorage:
+    return MemoryStorage()
+
+
+async def filled(storage: MemoryStorage, clock: ManualClock) -> None:
+    """Make a state of version 1 with keys that expire, and one that has expired before the migration."""
+    async with Manager("people", storage, clock=clock) as state:
+        await state.set_many({"users/ann": {"age": 30}, "n": 1})
+        await state.set("session/a", [1], ttl=100)
+        await state.set("session/b", "text", ttl=200)
+        await state.set("gone", 1, ttl=10)
+    clock.advance(20)
+
+
+async def migrated(storage: MemoryStorage, clock: ManualClock, function: Function) -> Manager:
+    """Return a manager that has migrated the state, and runs."""
+    schema = Schema(2)
+    schema.migration(to=2)(function)
+    state = Manager("people", storage, clock=clock, schema=schema)
+    await state.start()
+    return state
+
+
+async def test_the_expiry_of_keys(storage: MemoryStorage, clock: ManualClock) -> None:
+    """`set` keeps the expiry, unless it gets a `ttl`. `move` takes it along. Untouched keys keep it. `touch` removes it."""
+    await filled(storage, clock)
+
+    def change(draft: MigrationDraft) -> None:
+        assert draft.get("gone", None) is None
+        draft.set("gone", {"again": True})
+        draft.set_many({"session/a": [2], "new": 1})
+        draft.move("session/b", "sessions/b")
+        draft.set("n", 2, ttl=50)
+        draft.set("users/ann", {"age": 31}, ttl=60)
+        draft.touch("users/ann", None)
+        draft.set("sessions/b", "other")
+        draft.set_many({"timed": 1}, ttl=70)
+
+    state = await migrated(storage, clock, change)
+    assert await state.get_all() == {
+        "gone": {"again": True},
+        "n": 2,
+        "new": 1,
+        "session/a": [2],
+        "sessions/b": "other",
+        "timed": 1,
+        "users/ann": {"age": 31},
+    }
+    times = {key: await state.expires_in(key) for key in await state.keys()}
+    assert times == {
+        "gone": None,
+        "n": 50.0,
+        "new": None,
+        "session/a": 80.0,
+        "sessions/b": 180.0,
+        "timed": 70.0,
+        "users/ann": None,
+    }
+    await state.stop()
+    async with state as again:
+        assert {key: await again.expires_in(key) for key in await again.keys()} == times
+
+
+async def test_the_calls_of_a_transaction(storage: MemoryStorage, clock: ManualClock) -> None:
+    """A migration reads and changes the state with the calls of a transaction, and sees its own changes."""
+    await filled(storage, clock)
+    kept: list[MigrationDraft] = []
+
+    def change(draft: MigrationDraft) -> None:
+        kept.append(draft)
+        assert draft.keys() == ["n", "session/a", "session/b", "users/ann"]
+        users = draft.namespace("users")
+        users.set("bob", {"age": 1})
+        assert users.get_all() == {"ann": {"age": 30}, "bob": {"age": 1}}
+        assert users.update("bob", lambda user: {**user, "age": 2}) == {"age": 2}
+        assert (len(draft), len(users), "users/bob" in draft, "bob" in draft) == (5, 2, True, False)
+        assert draft.incr("n") == 2
+        assert draft.pop("session/a") == [1]
+        assert not draft.set_if_absent("n", 5)
+        assert draft.get_or_set("m", lambda: 7) == 7
+        for key, value in draft.items("users/"):
+            draft.set(f"people/{key.removeprefix('users/')}", value)
+            draft.delete(key)
+        assert repr(draft) == "<MigrationDraft of 'people'>"
+        assert repr(users) == "<MigrationDraft 'users/' of 'people'>"
+
+    state = await migrated(storage, clock, change)
+    assert await state.get_all() == {
+        "m": 7,
+        "n": 2,
+        "people/ann": {"age": 30},
+        "people/bob": {"age": 2},
+        "session/b": "text",
+    }
+    with pytest.raises(RuntimeError, match="this migration is over"):
+        kept[0].get("n")
+    with pytest.raises(RuntimeError, match="this migration is over"):
+        kept[0].set("n", 1)
+    with pytest.raises(RuntimeError, match="this migration is over"):
+        kept[0].move("n", "m")
+    with pytest.raises(RuntimeError, match="this migration is over"):
+        kept[0].delete("n")
+    await state.stop()
+
+
+async def test_moves_that_are_refused(storage: MemoryStorage, clock: ManualClock) -> None:
+    """A missing key cannot be moved, and two keys cannot become one. A move of a key to itself changes nothing."""
+    await filled(storage, clock)
+
+    def change(draft: MigrationDraft) -> None:
+        with pytest.raises(KeyNotFoundError):
+            draft.move("missing", "other")
+        with pytest.raises(KeyNotFoundError):
+            draft.move("gone", "other")
+        with pytest.raises(InvalidKeyError, match="'n' cannot move to 'users/ann', which exists already"):
+            draft.move("n", "users/ann")
+        with pytest.raises(InvalidKeyError, match="reserved"):
+            draft.move("n", "$lab_state")
+        draft.move("n", "n")
+        draft.move("n", "gone")
+
+    state = await migrated(storage, clock, change)
+    assert await state.get_all() == {"gone": 1, "session/a": [1], "session/b": "text", "users/ann": {"age": 30}}
+    assert await state.expires_in("gone") is None
+    await state.stop()
+
+
+@pytest.mark.parametrize(
+    ("change", "cause", "text"),
+    [
+        (lambda draft: draft.set("n", float("nan")), InvalidValueError, "the value of 'n': NaN"),
+        (lambda draft: draft.set("n", 1, ttl=-1), InvalidValueError, "the value of 'n': "),
+        (lambda draft: draft.set("$lab_state", 1), InvalidKeyError, "reserved"),
+        (lambda draft: draft.set(5, 1), InvalidKeyError, "must be a str"),
+        (lambda draft: draft.set_many([]), TypeError, "failed with TypeError;"),
+        (lambda draft: draft.get("missing"), KeyNotFoundError, "no key 'missing'"),
+        (lambda draft: {"secret": 1}["other"], KeyError, "failed with KeyError;"),
+        (lambda draft: int("secret"), ValueError, "failed with ValueError;"),
+    ],
+)
+async def test_a_migration_that_raises(
+    storage: MemoryStorage, clock: ManualClock, change: Any, cause: type[Exception], text: str
+) -> None:
+    """The error names the migration, and its cause is the exception. It has no value. The state is as before."""
+    await filled(storage, clock)
+    with pytest.raises(MigrationError) as error:
+        await migrated(storage, clock, change)
+    assert text in str(error.value)
+    assert "of 'people' to version 2 failed with" in str(error.value)
+    assert "secret" not in str(error.value)
+    assert isinstance(error.value.__cause__, cause)
+    assert error.value.migration == 2
+    assert error.value.key == ("n" if cause is InvalidValueError else None)
+    view = await read_state("people", storage, clock=clock)
+    assert await view.get_all() == {"n": 1, "session/a": [1], "session/b": "text", "users/ann": {"age": 30}}
+    assert view.revision == 4
+
+
+async def returns_a_coroutine() -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(lambda draft: draft, "MigrationDraft"), (lambda _: returns_a_coroutine(), "coroutine"), (lambda _: 0, "int")],
+)
+async def test_a_migration_that_returns_something(
+    storage: MemoryStorage, clock: ManualClock, change: Any, kind: str
+) -> None:
+    """A migration that returns something has perhaps changed nothing, so it is refused."""
+    await filled(storage, clock)
+    with pytest.raises(MigrationError, match=f"returned an object of the class {kind}: a migration changes its draft"):
+        await migrated(storage, clock, change)
+
+
+async def test_a_migration_that_deletes_everything(storage: MemoryStorage, clock: ManualClock) -> None:
+    """A migration may delete all keys. The state is empty, and has the new version."""
+    await filled(storage, clock)
+
+    def change(draft: MigrationDraft) -> None:
+        assert draft.delete_all() == 4
+        draft.set("users/ann", 1)
+
+    state = await migrated(storage, clock, change)
+    assert await state.get_all() == {"users/ann": 1}
+    await state.stop()
+    async with state:
+        assert await state.get_all() == {"users/ann": 1}
