@@ -11,7 +11,7 @@ nox.options.sessions = ["tests", "lint", "types", "docs"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-# As many processes as cores, each with servers of its own.
+# As many processes as cores. Each process starts its own servers.
 AT_ONCE = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
 # Without this, `python -m pytest` would import the checkout instead of the wheel.
 WHEEL_ONLY = {"PYTHONSAFEPATH": "1"}
@@ -33,34 +33,34 @@ def _tests(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests on the Python at hand, against the built wheel."""
+    """Run the tests with the present version of Python, against the built wheel."""
     _tests(session)
 
 
 @nox.session(python=PYTHONS)
 def all_pythons(session: nox.Session) -> None:
-    """Run the tests on every supported Python; a missing one is an error."""
+    """Run the tests with every supported version of Python. A missing version is an error."""
     _tests(session)
 
 
 @nox.session(name="key-value")
 @nox.parametrize("version", ["0.3.0", "0.4.4"])
 def key_value(session: nox.Session, version: str) -> None:
-    """Test the store for py-key-value with the versions that FastMCP 2 and 3 need; `tests` has the newest one."""
+    """Test the store for py-key-value with the versions that FastMCP 2 and 3 need. `tests` uses the newest version."""
     session.install(".", *_group("key-value"), f"py-key-value-aio=={version}")
     session.run("pytest", "tests/integrations/test_key_value.py", *session.posargs, env=WHEEL_ONLY)
 
 
 @nox.session
 def fastmcp(session: nox.Session) -> None:
-    """Run the programs of the page for FastMCP, and a server that is killed."""
+    """Run the programs of the page for FastMCP. Kill a server, and check that its data survives."""
     session.install(".", *_group("fastmcp"))
     session.run("pytest", "tests/integrations/fastmcp_page.py", *session.posargs, env=WHEEL_ONLY)
 
 
 @nox.session(name="s3-real")
 def s3_real(session: nox.Session) -> None:
-    """Test `S3Storage` on a real store: Ceph's gateway, on loopback; skipped where it is not installed."""
+    """Test `S3Storage` with a real store: Ceph's gateway on the loopback interface. Skip the session if it is not installed."""
     session.install(".", *_group("test"))
     tests = session.posargs or [
         "tests/storage/test_s3_conformance.py",
@@ -75,7 +75,7 @@ def s3_real(session: nox.Session) -> None:
 
 @nox.session(name="s3-scenarios")
 def s3_scenarios(session: nox.Session) -> None:
-    """Run 1,000 scenarios of writers behind faulty proxies, or `-- --scenarios N`; with `--real` on Ceph's gateway."""
+    """Run 1,000 scenarios of writers behind faulty proxies. `-- --scenarios N` sets the number, `--real` uses Ceph's gateway."""
     arguments = list(session.posargs)
     number = arguments[arguments.index("--scenarios") + 1] if "--scenarios" in arguments else "1000"
     session.install(".", *_group("test"))
@@ -87,7 +87,7 @@ def s3_scenarios(session: nox.Session) -> None:
 
 @nox.session(name="s3-bench")
 def s3_bench(session: nox.Session) -> None:
-    """Measure `S3Storage`; on Ceph's gateway with `-- --real`."""
+    """Measure `S3Storage`. `-- --real` uses Ceph's gateway."""
     arguments = list(session.posargs)
     real = _real_store(arguments)
     session.install(".", *_group("test"), *_group("bench"))
@@ -101,7 +101,7 @@ def s3_bench(session: nox.Session) -> None:
 
 
 def _real_store(arguments: list[str]) -> tuple[str, ...]:
-    """Return the command that starts Ceph's gateway, if `--real` is among the arguments; remove `--real` from them."""
+    """Return the command that starts Ceph's gateway, if `--real` is among the arguments. Remove `--real` from the arguments."""
     if "--real" not in arguments:
         return ()
     arguments.remove("--real")
@@ -110,7 +110,7 @@ def _real_store(arguments: list[str]) -> tuple[str, ...]:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the style, and the rules that tools can hold."""
+    """Check the style, and the rules that tools can check."""
     session.install(*_group("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -118,7 +118,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types with two checkers, both strict."""
+    """Check the types with two type checkers in strict mode."""
     session.install(".", "nox", *_group("test"), *_group("types"), *_group("bench"), *_group("demo"))
     session.run("mypy")
     session.run("pyright")
@@ -127,7 +127,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation as HTML; every warning is an error. Its examples run in `tests`."""
+    """Build the documentation as HTML. Every warning is an error. The session `tests` runs the examples."""
     session.install(".", *_group("docs"))
     session.run("sphinx-build", "-W", "-n", "-q", "-b", "html", "docs", "docs/_build/html")
 
@@ -162,9 +162,9 @@ EXECUTIONS = {"files": "600000", "s3": "300000", "cache": "200000"}
 
 @nox.session
 def crash(session: nox.Session) -> None:
-    """Run all tests that try to make it lose something, at full length (an hour); or some parts: `-- states kills`.
+    """Run all tests that try to lose or damage a state, at full length (an hour). `-- states kills` runs some parts.
 
-    `faults` and `states` need strace, `disks` root, loop devices and the mkfs of ext4 and xfs, `fuzz` atheris.
+    `faults` and `states` need strace. `disks` needs root, loop devices, and mkfs for ext4 and xfs. `fuzz` needs atheris.
     """
     parts = session.posargs or [*CRASH, "fuzz"]
     session.install(".", *_group("test"))
@@ -181,7 +181,7 @@ def crash(session: nox.Session) -> None:
 
 @nox.session
 def cache(session: nox.Session) -> None:
-    """Kill the writer, Redis or both in 200 seeded rounds, with a network that cuts and delays."""
+    """Kill the writer, Redis or both in 200 seeded rounds, with a network that cuts connections and delays data."""
     session.install(".", *_group("test"))
     session.run(
         "pytest",
@@ -194,10 +194,10 @@ def cache(session: nox.Session) -> None:
 
 @nox.session
 def shared(session: nox.Session) -> None:
-    """Test a shared state at full length: a million worlds of each scenario of its model, 2,000 rounds of processes, and all servers.
+    """Test a shared state at full length: a million states of each scenario of its model, 2,000 rounds of processes, and all servers.
 
-    It takes an hour. `-- --worlds N`, `-- --rounds N` and `-- --seconds N` set other numbers; the last one is the time
-    in which the owners of each server are killed.
+    This takes an hour. `-- --worlds N` sets the number of states of the model, and `-- --rounds N` sets the number of rounds.
+    `-- --seconds N` sets the time for which the owners of each server are killed.
     """
     arguments = list(session.posargs)
 
@@ -220,20 +220,20 @@ def shared(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Kill two servers under load, on lab_state and on `json.dump`; kill workers that share a state. Takes under 45 s."""
+    """Kill two servers under load: one with lab_state, one with `json.dump`. Then kill workers that share a state. This takes less than 45 s."""
     session.install("-q", ".", *_group("demo"))
     session.run("python", "docs/examples/demo", *session.posargs, env=WHEEL_ONLY)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure ratios within one run, against the alternatives of a user; `-- --quick`, `--only`, `--docs`."""
+    """Compare lab_state with its alternatives in one run. The options are `-- --quick`, `--only PART` and `--docs`."""
     session.install(".", *_group("bench"))
     session.run("python", "tests/benchmarks/bench.py", *session.posargs, env=BENCHMARKS)
 
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Run 100 writers on a million keys for 30 minutes, or `-- --minutes N`, and check that nothing grows."""
+    """Run 100 writers on a million keys for 30 minutes, or `-- --minutes N`. Check that memory, files and latency do not grow."""
     session.install(".", *_group("bench"))
     session.run("python", "tests/benchmarks/soak.py", *session.posargs, env=BENCHMARKS)

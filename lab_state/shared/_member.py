@@ -297,7 +297,7 @@ class Member(SharedCopy):
 
     def _refuse_calls(self, error: LabStateError) -> None:
         self._logger.error(
-            "%s: this process has lost its state, and every write raises this error; mend the fault, and restart this process: %s",
+            "%s: this process has lost its state, and every write raises this error; fix the fault, and restart this process: %s",
             self._name,
             error,
         )

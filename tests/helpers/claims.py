@@ -45,7 +45,7 @@ async def claimed(directory: Path, name: str = "lab") -> AsyncIterator[Claim]:
 
 @contextmanager
 def accepted(claim: Claim) -> Iterator[socket.socket]:
-    """Accept a connection that waits."""
+    """Accept a waiting connection."""
     connection, _ = claim.listener.accept()
     with connection:
         yield connection
@@ -69,13 +69,13 @@ async def is_free(directory: Path, name: str = "lab") -> bool:
 
 
 def bind_stale(path: Path) -> None:
-    """Leave a socket file to which no socket listens."""
+    """Create a socket file on which no socket listens."""
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
 
 
 class Gate:
-    """A function in a thread that waits until the test lets it go on."""
+    """A function in a thread. A call waits until the test opens the gate."""
 
     def __init__(self, real: Callable[..., Any]) -> None:
         self._real = real
@@ -120,7 +120,7 @@ async def main():
         signal.pause()
 asyncio.run(main())
 """
-"""Claims a state, and waits to be killed. With a second argument, it forks a child that waits, too."""
+"""A program that claims a state, and waits to be killed. With a second argument, it forks a child that also waits."""
 
 
 @contextmanager
@@ -137,14 +137,14 @@ def running(program: str, *arguments: str | Path) -> Iterator[subprocess.Popen[s
 
 
 def line_of(process: subprocess.Popen[str]) -> str:
-    """Wait for a line that a program writes."""
+    """Wait for a line of a program's output, and return it."""
     assert process.stdout is not None
     return process.stdout.readline()
 
 
 @contextmanager
 def killed(directory: Path, *fork: str) -> Iterator[None]:
-    """Let a process claim a state, and kill it. Its child lives until the end."""
+    """Let a process claim a state, and kill the process. Its child runs until the end of the block."""
     with running(OWNER, directory, *fork) as process:
         child = int(line_of(process))
         process.kill()
@@ -153,4 +153,4 @@ def killed(directory: Path, *fork: str) -> Iterator[None]:
             yield
         finally:
             if child:
-                os.kill(child, signal.SIGKILL)  # it was alive until now
+                os.kill(child, signal.SIGKILL)  # it was running until now

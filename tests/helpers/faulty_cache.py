@@ -1,4 +1,4 @@
-"""A cache that fails on demand, and the manager beside it."""
+"""A cache that fails on demand, and a manager that uses it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lab_state.testing import ManualClock
 
 
 class FaultyCache:
-    """A `MemoryCache` that fails or hangs on demand. It can also do the work of a call, and then fail."""
+    """A `MemoryCache` that fails or hangs on demand. A call can also do its work, and fail after that."""
 
     def __init__(self) -> None:
         self.inner = MemoryCache()
         self.calls: list[str] = []
         self.faults: dict[str, list[Exception | str]] = {}
-        self.held = ""  # all calls
+        self.held = ""  # the call that waits while `going` is not set; empty for all calls
         self.going = asyncio.Event()
         self.going.set()
 
@@ -87,5 +87,5 @@ def manager(cache: Any, clock: ManualClock, storage: Any = None, interval: float
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the lines of lab_state, without those of start and stop."""
+    """Return the log lines of lab_state, without the lines of the start and the stop."""
     return [record.message for record in caplog.records if record.name == "lab_state" and record.levelname != "INFO"]

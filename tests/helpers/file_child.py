@@ -45,7 +45,7 @@ def serve(directory: str) -> None:
 
 
 def limited(directory: str) -> None:
-    """Reach a real limit of the file size in the middle of a frame, three times. Then raise the limit, flush, and be killed."""
+    """Reach a real limit of the file size in the middle of a frame, three times. Then raise the limit, flush, and wait to be killed."""
 
     async def main() -> None:
         journal = Path(directory) / "lab.journal"
@@ -81,7 +81,7 @@ def limited(directory: str) -> None:
 
 
 def refused(directory: str) -> None:
-    """Try to start as a user without rights on the directory. If this process runs as root, it becomes such a user first."""
+    """Try to start as a user without permissions on the directory. If this process runs as root, change to such a user first."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)

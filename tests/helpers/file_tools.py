@@ -33,7 +33,7 @@ CHILD = Path(__file__).with_name("file_child.py")
 COPY = "copy-of-what-is-on-disk"
 MIB = 1024 * 1024
 DUE = 4 * MIB
-"""In a value: the journal is large enough for a checkpoint."""
+"""The size of a value that makes the journal large enough for a checkpoint, in bytes."""
 SERVED = {f"key-{number}": number for number in range(5)}
 
 
@@ -88,9 +88,8 @@ class Call:
 class Disk:
     """The module `os` for `_fs`: the real module with the planned faults. It also records the calls.
 
-    The name of a file is the last part of its path. A renamed file has its new name. The
-    directory of a state has the name `directory`, and those above it have the name `above`. Calls on the copies that `found` makes
-    are not recorded.
+    The name of a file is the last part of its path. A renamed file has its new name. The directory of a state has the name
+    `directory`, and all directories above it have the name `above`. Calls on the copies that `found` makes are not recorded.
     """
 
     def __init__(self) -> None:
@@ -112,7 +111,7 @@ class Disk:
         return gate
 
     def fill(self, *names: str) -> None:
-        """Leave no more room for these files. Half of the next write fits, and then nothing."""
+        """Let the disk be full for these files. Half of the next write succeeds, and all later writes fail."""
         self._full.update(names)
         self._shortened.clear()
 
@@ -257,7 +256,7 @@ def view(data: bytes) -> Callable[[], AsyncIterator[bytes]]:
 
 
 class Kept:
-    """A journal under a second name, so that its inode is kept. The object can check that the journal was not written."""
+    """A journal with a second name, so that its inode is kept. The object can check that the journal was not written."""
 
     def __init__(self, directory: Path, disk: Disk) -> None:
         self._path = directory.parent / f"{directory.name}-kept"

@@ -44,7 +44,7 @@ def begin_in_child(function: Callable[[], Any]) -> Callable[[], Any]:
     if pid == 0:
         try:
             answer = json.dumps(function())
-        except BaseException:  # noqa: BLE001 -- the test says what it was
+        except BaseException:  # noqa: BLE001 -- the test reports it
             answer = json.dumps(traceback.format_exc())
         os.write(writing, answer.encode())
         os._exit(0)
@@ -60,7 +60,7 @@ def begin_in_child(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def error_of(call: Callable[[], Any]) -> list[str]:
-    """Return class and message of the error that a call raises before its first wait. The call may be a coroutine."""
+    """Return the class and the message of the error that a call raises before its first wait. The call may be a coroutine."""
     try:
         result = call()
         if isinstance(result, Coroutine):
@@ -80,7 +80,7 @@ def open_in(directory: str) -> list[str]:
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
             path = descriptor.readlink()
-        except FileNotFoundError:  # that of the listing
+        except FileNotFoundError:  # the descriptor of the directory listing itself
             continue
         if str(path).startswith(f"{directory}/"):
             found.append(path.name)
@@ -96,7 +96,7 @@ def say(report: dict[str, Any]) -> None:
 
 
 def _sleep(writing: int | None = None) -> None:
-    """Report that this process runs, and do not end."""
+    """Report that this process runs, and sleep until it is killed."""
     if writing is not None:
         os.write(writing, b"1")
     signal.pause()
@@ -119,7 +119,7 @@ def children(directory: str) -> None:
             process.start()
         if (pid := fork()) == 0:
             _sleep(writing)
-        for _ in range(2):  # both run, and have let go of what they inherited
+        for _ in range(2):  # both children run, and have closed the files that they inherited
             await asyncio.to_thread(os.read, reading, 1)
         say({"children": [worker, process.pid, pid]})
         await asyncio.Event().wait()

@@ -22,7 +22,7 @@ state = Manager(config, FileStorage(os.environ["STATE_DIRECTORY"]))
 
 
 async def visit(request: Request) -> JSONResponse:
-    """Count a visit after the whole body has come. A client that does not send the end keeps the request running."""
+    """Count a visit when the whole body has arrived. A client that does not send the end of the body keeps the request open."""
     await request.body()
     count = await manager(request, "visits").incr(request.path_params["page"])
     return JSONResponse({"pid": os.getpid(), "count": count})

@@ -1,4 +1,4 @@
-"""The roles in which the manager's own tests run, and what must differ in a shared state.
+"""The roles in which the tests of the manager run, and the behaviour that must differ in a shared state.
 
 A test runs in each role if its manager comes from the fixture `in_role`; see `conftest.py`.
 """
@@ -25,7 +25,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class InRole:
-    """The maker of the managers of one test."""
+    """A factory of the managers of one test."""
 
     def __init__(self, role: Role, directory: Path) -> None:
         self.role = role
@@ -43,7 +43,7 @@ class InRole:
         )
 
     def _files(self, storage: Storage) -> FileStorage:
-        """Return the storage of files that takes the place of a storage."""
+        """Return the storage of files that replaces a storage."""
         if isinstance(storage, FileStorage):
             return storage
         for known, files in self._made:
@@ -56,7 +56,7 @@ class InRole:
 
 
 class SharedManager(Manager):
-    """A manager that owns a shared state, or follows an owner that starts before it and stops after it."""
+    """A manager that owns a shared state, or follows an owner. The owner starts before the follower, and stops after it."""
 
     def __init__(self, config: Config, storage: FileStorage, clock: Clock | None, owner: Manager | None) -> None:
         super().__init__(config, storage, clock=clock)
@@ -76,12 +76,12 @@ class SharedManager(Manager):
 
     @property
     def _flusher(self) -> Flusher | None:
-        """The flusher of the state, which the owner has."""
+        """The flusher of the owner."""
         return super()._flusher if self.owner is None else self.owner._flusher
 
 
 class FaultyFiles(FileStorage):
-    """A storage of files whose sessions fail as a `FaultyStorage` plans it."""
+    """A storage of files. Its sessions have the faults that a `FaultyStorage` plans."""
 
     def __init__(self, directory: Path, faults: FaultyStorage) -> None:
         super().__init__(directory)
@@ -97,7 +97,7 @@ class FaultyFiles(FileStorage):
 
 
 class _FaultySession:
-    """A session of a `FaultyStorage` that processes can share. It is handed over by a checkpoint."""
+    """A session of a `FaultyStorage` for a shared state. Its state is handed over by a checkpoint."""
 
     def __init__(self, session: StorageSession) -> None:
         self._session = session
@@ -113,7 +113,7 @@ class _FaultySession:
 
 
 class _Opened:
-    """The other storage of a `FaultyStorage`: it loads a state whose lock is held."""
+    """The storage inside a `FaultyStorage`. It loads a state whose lock is held already."""
 
     def __init__(self, load: Callable[[], Awaitable[StorageSession]]) -> None:
         self._load = load
@@ -194,13 +194,13 @@ DIFFERENT: dict[str, tuple[str, ...]] = {
         "test_transactions.py::test_a_checkpoint_runs_beside_it",
     ),
 }
-"""What must differ in a shared state, and the tests of it. They do not run there. `test_roles.py` checks that each exists."""
+"""The behaviour that must differ in a shared state, and its tests. They do not run with a shared state. `test_roles.py` checks that each exists."""
 
 _REASONS = {test: reason for reason, tests in DIFFERENT.items() for test in tests}
 
 
 def names_of(nodeid: str) -> tuple[str, ...]:
-    """Return the names by which `DIFFERENT` may have a test of a shared state: with its parameters, and without them."""
+    """Return the names under which `DIFFERENT` may list a test: with its parameters, and without them."""
     test, _, parameters = nodeid.partition("[")
     test = test.rpartition("/")[2]
     values = parameters.rstrip("]").split("-")
@@ -211,5 +211,5 @@ def names_of(nodeid: str) -> tuple[str, ...]:
 
 
 def reason_to_differ(nodeid: str) -> str | None:
-    """Return why a test does not run in its role; `None` if it runs."""
+    """Return the reason why a test does not run in its role; `None` if it runs."""
     return next((_REASONS[name] for name in names_of(nodeid) if name in _REASONS), None)

@@ -13,7 +13,7 @@ from lab_state.testing import ManualClock
 
 
 class Maker(Protocol):
-    """What makes a manager: the class, or `InRole`."""
+    """A factory of managers: the class `Manager`, or `InRole`."""
 
     def __call__(self, config: Config, storage: Storage, *, clock: ManualClock) -> Manager: ...
 
@@ -32,19 +32,19 @@ async def running(
 
 
 def flusher_of(manager: Manager) -> Flusher:
-    """Return the flusher of a manager that runs."""
+    """Return the flusher of a running manager."""
     flusher = manager._flusher
     assert flusher is not None
     return flusher
 
 
 async def idle() -> None:
-    """Let all tasks run that do not wait for a clock or a thread."""
+    """Run all tasks that do not wait for a clock or a thread."""
     for _ in range(50):
         await asyncio.sleep(0)
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Let the event loop run until a condition is true. A thread may make it true. The timeout of the test is the bound."""
+    """Let the event loop run until a condition is true. A thread may make it true. The timeout of the test limits the wait."""
     while not condition():  # noqa: ASYNC110 -- there is no event to wait for
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""A proxy in front of a store. On demand, it loses, delays, cuts, changes and invents answers."""
+"""A proxy in front of a store. On demand, it loses, delays, cuts, changes and invents responses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Response:
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
-    sent: int | None = None  # how much of the body goes out before the connection is closed
+    sent: int | None = None  # the number of bytes of the body that are sent before the connection is closed
 
     def encoded(self, method: str) -> bytes:
         headers = {name: value for name, value in self.headers.items() if name != "transfer-encoding"}
@@ -172,7 +172,7 @@ class Proxy:
 
     Attributes:
         seen: The requests so far, as "PUT part-of-key".
-        sizes: The sizes of their bodies, in bytes.
+        sizes: The size of the body of each of these requests, in bytes.
     """
 
     def __init__(self, upstream: str) -> None:

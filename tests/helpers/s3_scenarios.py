@@ -1,10 +1,10 @@
 """Seeded scenarios of several writers on one state in a real store, each behind a proxy with faults.
 
-A `World` is one state. It has `Writer`s, each the life of one process from its start to
-its end or crash: some use the storage alone, in other worlds they are whole managers.
-Every request of a writer goes through a proxy of its own, which draws what happens to
-it. What reaches the store is applied to a copy of it in memory too, and after every
-change that copy must load as a state that the rules allow.
+A `World` is one state with its writers. A `Writer` simulates one process from its start to its end or crash. In
+some worlds, each writer uses only the storage. In other worlds, each writer is a whole manager. Each writer has a
+separate proxy. For each request of the writer, the proxy chooses a fault, or no fault, at random. Each request that
+reaches the store is also applied to a copy of the store in memory. After every change, that copy must load as a
+state that the rules allow.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lab_state.testing import ManualClock
 Fate = Callable[[Request, Forward], Awaitable[Response | None]]
 
 PATIENCE = 240.0
-"""Seconds of real time after which a scenario counts as stuck."""
+"""The time limit of a scenario, in seconds of real time. After this time, it counts as stuck."""
 
 _KEY = re.compile(rb"<Key>([^<]+)</Key>")
 _RETRIES_BELOW = 15.0
@@ -51,12 +51,12 @@ _LARGE = 300_000
 
 @functools.cache
 def session_of_all() -> Any:
-    """Return one session for all clients: so a client is made in 10 ms instead of 27."""
+    """Return one session for all clients. So a client is created in 10 ms instead of 27 ms."""
     return _connect._new_session()
 
 
 class BrokenError(AssertionError):
-    """The store, or a reading of it, breaks the rules of the format."""
+    """The stored objects, or a state that was read from them, break the rules of the format."""
 
 
 class ScenarioTime(QuickTime):
@@ -65,7 +65,7 @@ class ScenarioTime(QuickTime):
 
 
 class RetryClock(ManualClock):
-    """A manager's pauses between attempts take no time; its longer limits never end."""
+    """A clock with which the pauses of a manager between attempts take no time. Longer time limits never expire."""
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Any:
         if delay < _RETRIES_BELOW:
@@ -73,7 +73,7 @@ class RetryClock(ManualClock):
         return super().call_later(delay, callback)
 
 
-# What the writers keep
+# The records and snapshots of the writers
 
 
 def record(start: int, ids: Sequence[str], padding: int) -> bytes:
@@ -81,14 +81,14 @@ def record(start: int, ids: Sequence[str], padding: int) -> bytes:
 
 
 def snapshot(ids: Sequence[str], unique: str, padding: int) -> bytes:
-    """Return a snapshot that ends as those of the codec do, so that the storage puts its stamp in."""
+    """Return a snapshot with the same end as a snapshot of the codec, so that the storage adds its stamp."""
     body = json.dumps({"ids": list(ids), "padding": "x" * padding}).encode()[:-1]
     body += b',"$lab_state":{"id":"%s"' % unique.encode()
     return b'%s,"crc32":"%08x"}}' % (body, zlib.crc32(body))
 
 
 def decode_plain(data: bytes | None, records: Sequence[bytes]) -> list[str]:
-    """Return the ids of the changes in a state, in order; a revision is their number."""
+    """Return the ids of the changes in a state, in order. The revision of the state is the number of ids."""
     ids: list[str] = [] if data is None else json.loads(data)["ids"]
     for each in records:
         read = json.loads(each)
@@ -98,14 +98,14 @@ def decode_plain(data: bytes | None, records: Sequence[bytes]) -> list[str]:
         common = min(len(ids) - start, len(more))
         if ids[start : start + common] != more[:common]:
             raise BrokenError(
-                f"two records differ in what they say of revision {start + 1} on: {ids[start:]} and {more}"
+                f"two records have different changes from revision {start + 1} on: {ids[start:]} and {more}"
             )
         ids += more[common:]
     return ids
 
 
 def decode_managed(data: bytes | None, records: Sequence[bytes]) -> list[str]:
-    """Return the keys of a manager's state; each change sets a key of its own."""
+    """Return the keys of a manager's state. Each change sets a different key."""
     loaded = Loaded({}, 0) if data is None else decode_snapshot(data, "the copy")
     return list(replay(loaded, tuple(records), "the copy").entries)
 
@@ -120,21 +120,21 @@ class Thing(NamedTuple):
 
 @dataclass
 class Hold:
-    """A request that waits in the proxy until it is let through."""
+    """A request that waits in the proxy until the scenario releases it."""
 
     reader: asyncio.StreamReader
-    record: bool  # whether it is about a record or a fence
+    record: bool  # whether the request is for a record or a fence
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     over: bool = False
 
     @property
     def matters(self) -> bool:
-        """Whether a client still waits for its answer."""
+        """Whether a client still waits for the response."""
         return not self.over and not self.reader.at_eof()
 
 
 class FaultyProxy(Proxy):
-    """What happens to each request is drawn from the seed, the request, and how often it came."""
+    """A proxy that chooses a fault for each request. The choice depends on the seed, the request, and the number of its earlier attempts."""
 
     def __init__(self, upstream: str, writer: Writer) -> None:
         super().__init__(upstream)
@@ -172,7 +172,7 @@ class FaultyProxy(Proxy):
             if not writer.outage_of_writes:
                 return self.lost_slowly
         chance = drawn.random()
-        # While an open waits between two of its requests, others do what it must notice.
+        # While an open waits between two of its requests, other writers make changes that the open must notice.
         if (chance := chance - (0.25 if writer.base is None and writer.rivals else writer.holds)) < 0:
             return drawn.choice((self.hold, self.hold, self.hold_after))
         if (chance := chance - writer.faults * (1.0 if writes else 0.4)) < 0:
@@ -186,7 +186,7 @@ class FaultyProxy(Proxy):
             return drawn.choice((self.dies, self.dies_after, self.dies_late) if writes else (self.dies,))
         return self.through
 
-    # What can happen
+    # The faults
 
     async def through(self, request: Request, forward: Forward) -> Response | None:
         return await forward(request)
@@ -220,7 +220,7 @@ class FaultyProxy(Proxy):
         return await self.reset(request, forward)
 
     async def cut(self, request: Request, forward: Forward) -> Response | None:
-        """Send half of the answer, which may end within its head."""
+        """Send half of the response. It may end within the headers."""
         answer = (await forward(request)).encoded(request.method)
         out = self.ends[asyncio.current_task()][1]
         out.write(answer[: len(answer) // 2])
@@ -302,12 +302,12 @@ class FaultyProxy(Proxy):
 
 
 class Writer:
-    """The life of one process; this one uses the storage alone.
+    """A simulated process that uses only the storage.
 
     Attributes:
-        base: What it found when it opened the state.
-        changes: What it changed since, in order.
-        acked: How many of them it was told are durable.
+        base: The ids that the writer found when it opened the state; `None` before that.
+        changes: The ids of its own changes since then, in order.
+        acked: The number of its changes that were acknowledged as durable.
         fence: The number of its fence.
     """
 
@@ -328,7 +328,7 @@ class Writer:
         self.changes: list[str] = []
         self.acked = 0
         self.fence = 0
-        self.first_seen = 0  # the highest fence of an owner when it began
+        self.first_seen = 0  # the highest fence of an owner when this writer began
         self.proxy = FaultyProxy(world.url, self)
         self.session: S3Session | None = None
 
@@ -349,7 +349,7 @@ class Writer:
         self.storage._time = self.time
 
     def die(self) -> None:
-        """Die: from here on nothing of it reaches the store, except requests that are on their way."""
+        """Crash. From now on, nothing from this writer reaches the store, except requests that were sent before."""
         self.dead = True
         self.stirred.set()
 
@@ -366,7 +366,7 @@ class Writer:
         opening, closing = self.running.get("open"), "close" in self.running
         return not self.dead and not closing and opening is not None and opening.done() and self.base is not None
 
-    # What it does
+    # The calls
 
     async def open(self) -> None:
         self.session = await self.storage.open(self.world.name)
@@ -395,7 +395,7 @@ class Writer:
         self.acked = end
 
     def _view(self) -> AsyncIterator[bytes]:
-        """Return a view as the flusher does: all that is in memory. Its last slice comes when all of it is committed."""
+        """Return a view of all changes in memory, as the flusher does. The last slice is yielded when all of them are committed."""
         end = len(self.changes)
         data = snapshot(self._all, self.world.unique(), self.world.random.randrange(2000))
         half = len(data) // 2
@@ -423,7 +423,7 @@ class Writer:
         await self.session.aclose()
         self.closed = True
 
-    # How it is driven
+    # The control by the scenario
 
     def start(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         self.world.note(f"{self}: {name}")
@@ -446,7 +446,7 @@ class Writer:
             self.world.note(f"{self}: {name} done")
 
     async def settle(self) -> None:
-        """Wait until each of its tasks is done, or waits in the proxy, or until it dies."""
+        """Wait until each task of this writer is done or waits in the proxy, or until the writer crashes."""
         while not self.dead:
             running = {task for name, task in self.running.items() if not task.done() and not self._waits(name)}
             if not running:
@@ -462,18 +462,18 @@ class Writer:
         """Return whether a running task waits for a request that waits in the proxy."""
         held = {hold.record for hold in self.held if hold.matters}
         commits = "commit" in self.running and not self.running["commit"].done()
-        if name == "checkpoint":  # of what may have to be committed first
+        if name == "checkpoint":  # it may have to wait for a commit first
             return False in held or (commits and True in held)
         return True in held if name == "commit" else bool(held)
 
     def release(self) -> None:
-        """Let the oldest request that waits through."""
+        """Release the oldest request that waits in the proxy."""
         hold = self.held.pop(0)
         hold.over = True
         hold.ended.set()
 
     async def bury(self) -> None:
-        """Do what the system does for a process that is gone: end its connections, free its memory."""
+        """End the connections and free the memory of a crashed process, as the operating system does."""
         if self.buried:
             return
         self.dead = self.buried = True
@@ -496,14 +496,14 @@ class Writer:
 
 
 class ManagedWriter(Writer):
-    """A whole manager."""
+    """A writer that is a whole manager."""
 
     manager: Manager | None = None
 
     def _waits(self, name: str) -> bool:
         return any(hold.matters for hold in self.held)
 
-    made = 0  # how many of the changes
+    made = 0  # the number of changes that were made in the manager
 
     async def _set(self) -> int:
         assert self.manager is not None
@@ -530,7 +530,7 @@ class ManagedWriter(Writer):
         self.acked = max(self.acked, end)
 
     async def checkpoint(self) -> None:
-        """Commit only: a manager makes its own checkpoints, when they are due."""
+        """Commit. A manager makes its checkpoints itself, when they are due."""
         await self.commit()
 
     async def close(self) -> None:
@@ -551,11 +551,11 @@ class ManagedWriter(Writer):
 
 
 class World:
-    """One state, its writers, and a copy of what the store holds.
+    """One state, its writers, and a copy of the stored objects.
 
     Attributes:
-        late: Requests that were given up by who sent them, and are still on their way.
-        problems: What broke a rule.
+        late: Requests that have not reached the store yet, although their clients no longer wait for them.
+        problems: Descriptions of the broken rules.
     """
 
     def __init__(self, seed: int, bucket: str, url: str) -> None:
@@ -565,7 +565,7 @@ class World:
         self.prefix, self.name = f"scenarios/{seed}", "state"
         self.names = Names.of(bucket, self.prefix, self.name)
         self.managed = seed % 5 == 4
-        self.patient = seed % 3 == 0  # an open waits longer than others do
+        self.patient = seed % 3 == 0  # an open waits longer than in other worlds
         self.decode = decode_managed if self.managed else decode_plain
         self.writers: list[Writer] = []
         self.late: list[tuple[FaultyProxy, Request]] = []
@@ -647,7 +647,7 @@ class World:
             self.problem(f"{writer}: the fence {key} was deleted")
 
     def _stored(self) -> list[str]:
-        """Return what a reader of the whole store at this moment would load."""
+        """Return the ids that a reader would load from the store at this moment."""
         covered = self._covered()
         there = self.objects.get(self.names.snapshot)
         found = {number: key for key in self.objects if (number := self.names.number(key)) is not None}
@@ -668,7 +668,7 @@ class World:
         self._check(state, owner, f"after {after}, the store")
 
     def _check(self, state: list[str], owner: Writer | None, where: str) -> None:
-        """Check that a state is what the last owner found, and its first changes: at least the acknowledged ones."""
+        """Check a state: it must have the base of the last owner, and the first of the owner's changes. No acknowledged change may be missing."""
         base, changes, acked = ([], [], 0) if owner is None else (owner.base or [], owner.changes, owner.acked)
         more = len(state) - len(base)
         expected = [*base, *changes[:more]] if more > 0 else base
@@ -678,7 +678,7 @@ class World:
         elif more < acked:
             self.problem(f"{where} lacks acknowledged changes of {owner}: {changes[more:acked]}")
 
-    # What writers tell
+    # The reports of the writers
 
     def opened(self, writer: Writer) -> None:
         self.count["opened"] += 1
@@ -691,12 +691,12 @@ class World:
         self.check_found(writer)
 
     def check_found(self, writer: Writer) -> None:
-        """Check that it found what the owner before it left."""
+        """Check that a writer has found the state of the owner before it."""
         before = [each for each in self.writers if each.base is not None and each.fence < writer.fence]
         self._check(writer.base or [], max(before, key=_by_fence, default=None), f"{writer}'s open")
 
     def highest_fence(self) -> int:
-        """Return the number of the highest fence that counts. A void one deposes no writer: its number was used before."""
+        """Return the number of the highest effective fence. A void fence deposes no writer, because its number was used before."""
         fences = [
             self.names.number(key) or 0 for key, thing in self.objects.items() if not thing.body and not thing.void
         ]
@@ -781,7 +781,7 @@ class World:
             await self._do(writer, "commit", writer.commit)
 
     def _checkpoints(self, writer: Writer) -> float:
-        """Return the probability of a checkpoint: higher while another opens, or if the writer is unaware that it is deposed."""
+        """Return the probability of a checkpoint. It is higher while another writer opens, or if the writer does not know that it is deposed."""
         unaware = writer.fence < self.highest_fence() and not writer.deposed
         return 0.85 if unaware or any(each.base is None for each in self.writers) else 0.6
 
@@ -792,7 +792,7 @@ class World:
         await proxy._forward(request)
 
     async def _end(self) -> None:
-        """Let everything arrive. Check that writers that are not deposed, and a new one, find all and can write."""
+        """Deliver all late requests. Check that a new writer and each writer that is not deposed find all changes and can write."""
         await self._calm()
         living = [writer for writer in self.writers if writer.usable and not writer.closed]
         for writer in living:
@@ -819,7 +819,7 @@ class World:
                 self.check_found(writer)
 
     async def _calm(self) -> None:
-        """End the faults, and the requests that are under way with them."""
+        """Stop the faults, and wait for the end of all requests that still have a fault."""
         for writer in self.writers:
             writer.clean = True
             while writer.held and not writer.dead:
@@ -830,7 +830,7 @@ class World:
                 await asyncio.wait({task for task in writer.running.values() if not task.done()})
 
     async def _commit_cleanly(self, writer: Writer) -> None:
-        """Commit without faults, and check that it succeeds, or tells the truth."""
+        """Commit without faults. Check that the commit succeeds exactly if the writer owns the state."""
         owns = self.highest_fence() <= writer.fence
         writer.change()
         await self._do(writer, "commit", writer.commit)
@@ -852,7 +852,7 @@ class Outcome(NamedTuple):
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute for a while."""
+    """Replace an attribute during the block."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -862,7 +862,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6, stop: bool = False) -> Outcome:
-    """Run scenarios, some at a time; with `stop`, not beyond the first with a problem."""
+    """Run scenarios, `at_once` at a time. With `stop`, begin no further scenario after the first problem."""
     problems: dict[int, World] = {}
     count: Counter[str] = Counter()
     left = iter(seeds)
@@ -881,7 +881,7 @@ async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6,
     real = _open._probe
 
     async def probe(store: Requests, names: Names) -> None:
-        """Probe in one world of four: it is a quarter of the requests of an open, and has tests of its own."""
+        """Probe only in one of four worlds. A probe needs a quarter of the requests of an open, and has separate tests."""
         if int(names.snapshot.split("/")[1]) % 4 == 0:
             await real(store, names)
 
@@ -893,9 +893,9 @@ async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6,
 
 
 def told(outcome: Outcome) -> str:
-    """Describe the problems, each with its seed, and the course of the first."""
+    """Return a description of the problems, each with its seed, and the trace of the first scenario with a problem."""
     if not outcome.problems:
         return ""
     lines = [f"seed {seed}: {world.problems[0]}" for seed, world in outcome.problems.items()]
     first = next(iter(outcome.problems.values()))
-    return "\n".join([*lines, f"the course of seed {first.seed}:", *first.trace])
+    return "\n".join([*lines, f"the trace of seed {first.seed}:", *first.trace])

@@ -1,4 +1,4 @@
-"""A store for the tests, and functions that look at it without the storage."""
+"""A store for the tests, and functions that read and write it without the storage."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lab_state.storage.s3._time import Time
 from lab_state.testing import ManualClock
 
 ENDPOINT = "LAB_STATE_TEST_S3_ENDPOINT"
-"""Set by `nox -s s3-real`: a real store, with the credentials of the environment."""
+"""An environment variable that `nox -s s3-real` sets: the address of a real store. Its credentials are in the environment, too."""
 
 _numbers = itertools.count()
 
 
 @functools.cache
 def endpoint() -> str:
-    """Return the address of the store of this test run. Without a given store, it is that of moto, in another process."""
+    """Return the address of the store of this test run. If no store is given, start moto in another process."""
     if ENDPOINT in os.environ:
         return os.environ[ENDPOINT]
     os.environ.setdefault("AWS_ACCESS_KEY_ID", "testaccess")
     os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testsecret")
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
-    # Moto runs in another process, which ends when this process ends and its pipe is closed. For each request, moto
-    # looks up its 170 directories in the file system, which takes a third of its time. Here it does this only once.
+    # Moto runs in another process. That process ends when this process ends, because its pipe is then closed. For each
+    # request, moto looks up its 170 directories in the file system, which takes a third of its time. Here it does this only once.
     code = (
         "import sys; from moto import backends as b; from moto.server import ThreadedMotoServer as S;"
         "names = list(b.list_of_moto_modules()); b.list_of_moto_modules = lambda: names;"
@@ -55,7 +55,7 @@ def _end(server: subprocess.Popen[str]) -> None:
 
 @functools.cache
 def client(url: str | None = None) -> Any:
-    """Return a blocking client, which looks at the store without the storage."""
+    """Return a blocking client, which accesses the store without the storage."""
     import boto3  # noqa: PLC0415 -- 0.3 s
     from botocore.config import Config  # noqa: PLC0415
 
@@ -79,7 +79,7 @@ VIEW = given(b"{}")
 
 
 class QuickTime(Time):
-    """A time for tests. A pause takes no real time, and moves the clock. A limit expires when a test moves the clock."""
+    """A time for tests. A pause takes no real time, and advances the clock. A limit expires when a test advances the clock."""
 
     def __init__(self) -> None:
         self.manual = ManualClock()
@@ -140,7 +140,7 @@ class Bucket:
         return found
 
     def write_raw(self, part: str, data: bytes | None) -> None:
-        """Write an object. Keep its metadata, also when an object is restored after its deletion."""
+        """Write an object. Keep its metadata, even if the object was deleted before and is restored now."""
         if data is None:
             self.delete(part)
             return

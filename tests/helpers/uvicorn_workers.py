@@ -1,4 +1,4 @@
-"""A uvicorn server with several workers, in a process of its own."""
+"""A uvicorn server with several workers, in a separate process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 async def workers(
     application: str, count: int, directory: Path
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """Run an application with workers, and yield the server and its URL when all of them serve. Kill all processes at the end.
+    """Run an application with workers, and yield the server and its URL when all workers serve. Kill all processes at the end.
 
     Args:
         application: The folder and the name of the module, such as `docs/examples/workers_app`.
