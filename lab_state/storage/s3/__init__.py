@@ -96,9 +96,9 @@ class S3Storage:
                 Its retries are ignored, because lab_state repeats requests itself.
             history: The time for which older snapshots and the changes between them are kept, in seconds
                 or as a `timedelta`: above 0, and at most 10,000,000,000 seconds. With `None`, nothing is kept, and
-                a history that is there stays as it is. The page "State in S3" says what a history costs.
+                an existing history is not changed. The page "State in S3" says what a history costs.
             history_bytes: The largest number of bytes of the history, without the snapshot in use and the
-                records after it. If it is exceeded, the oldest part is deleted. `None` is no limit.
+                records after it. If the history is larger, its oldest part is deleted. With `None`, there is no limit.
 
         Raises:
             ImportError: The extra is missing: `pip install 'lab-state[s3]'`, or

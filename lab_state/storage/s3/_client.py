@@ -154,7 +154,7 @@ class Requests:
         return await self._read(once, self.tries("reading", key))
 
     async def get_end(self, key: str, size: int) -> tuple[ObjectInfo, bytes] | None:
-        """Return an object with the last `size` bytes of its body; `None` if there is no object. It must not be empty."""
+        """Return an object with the last `size` bytes of its body; `None` if there is no object. The object must not be empty."""
 
         async def once(client: Client, limit: Limit) -> tuple[ObjectInfo, bytes]:
             response = await client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes=-{size}")
@@ -214,7 +214,7 @@ class Requests:
         *,
         conditional: bool = False,
     ) -> R | None:
-        """Repeat a request until its outcome is known. Return `None` if the object, or the condition, is not there."""
+        """Repeat a request until its outcome is known. Return `None` if the object does not exist, or if a condition does not hold."""
         while True:
             try:
                 async with self.time.limit(STANDSTILL) as limit:
@@ -333,8 +333,8 @@ class Requests:
     async def copy(self, source: str, target: str, etag: str) -> bool:
         """Copy an object within the store, on the condition that it has an ETag.
 
-        If the outcome is unknown, copy again. This is harmless, because it is the same object. For the same reason, a request
-        that arrives late is harmless, if the store honours the condition.
+        If the outcome is unknown, copy again. This does no harm, because both copies are the same. If the store honours the
+        condition, a request that arrives late does no harm either, for the same reason.
 
         Returns:
             Whether the object was copied. It was not copied if it has another ETag or does not exist.
@@ -343,7 +343,7 @@ class Requests:
             UnavailableError: The outcome is still unknown at the time limit.
             UnsupportedError: The store refuses such a request.
         """
-        # Some stores compare the ETag with its quotation marks, and others without.
+        # Some stores compare the ETag with its quotation marks, and others without them.
         for condition in (f'"{unquoted(etag)}"', unquoted(etag)):
 
             async def once(client: Client, _: Limit, condition: str = condition) -> dict[str, Any]:
@@ -420,5 +420,5 @@ async def _bytes_of(response: dict[str, Any], limit: Limit) -> bytes:
 
 def _found(response: dict[str, Any]) -> ObjectInfo:
     metadata = {str(key).lower(): str(value) for key, value in response.get("Metadata", {}).items()}
-    whole = str(response.get("ContentRange", "")).rpartition("/")[2]  # the answer may have only a part of the object
+    whole = str(response.get("ContentRange", "")).rpartition("/")[2]  # the response may have only a part of the object
     return ObjectInfo(unquoted(str(response.get("ETag", ""))), metadata, int(whole or response["ContentLength"]))

@@ -38,7 +38,7 @@ value is the size and the CRC-32 of that snapshot.
 OWN_BASE = "own"
 
 KEPT = "labstatekept"
-"""The metadata key of a snapshot for the number up to which its writer left the records to the history; 0 if there was none."""
+"""The metadata key for the number of the last record that belongs to a history; 0 if there is no history."""
 
 MOST_NUMBER = 10**19 - 1
 """The largest number of a record or a fence. At 1,000 records a second it is reached after 300 million years."""

@@ -1,14 +1,14 @@
-"""The history of a state in S3, as its writer keeps it: older snapshots, and the records that a snapshot covers.
+"""The history of a state in S3: its writer keeps older snapshots, and the records that the snapshot in use covers.
 
-A generation is a snapshot with the records after it, up to the next one. Before a checkpoint replaces a snapshot, the
-snapshot is copied under a key of its own. The records stay where they are. So a copy that fails leaves no gap in the records:
-the generation before it goes on.
+A generation is a snapshot with the records after it, up to the next snapshot. Before a checkpoint replaces a snapshot, the
+snapshot is copied under a separate key. The records keep their keys. If the copy fails, no record is missing: the records
+after the missing snapshot belong to the generation before it.
 
 The store makes the copy, on the condition that the snapshot still has its ETag. Without this condition, a request that arrives
-late would put another snapshot in the place of a copy. A store that ignores the condition is found out before the first copy.
-There, the bytes are fetched, and sent with the condition that there is no copy yet.
+late would replace a copy by another snapshot. Before the first copy, a test shows whether the store honours the condition. If
+it does not, the bytes are fetched, and sent with the condition that there is no copy yet.
 
-Pruning deletes the records of a generation first, then its snapshot. Fences stay.
+Pruning deletes the records of a generation first, and then its snapshot. It does not delete fences.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class Keeper:
     """The history of a state that this session has open."""
 
     def __init__(self, store: Requests, names: Names, limits: Limits, fence: int) -> None:
-        """Begin with a session. `fence` is the number of its fence."""
+        """Begin for a session. `fence` is the number of the fence of this session."""
         self._failures = 0
         self._store = store
         self._names = names
         self._limits = limits
         self._fence = fence
         self._honours: bool | None = None  # whether the store honours the condition of a copy; None if not known yet
-        self._kept: list[Older] | None = None  # in order; None until they were listed
-        self._sizes: list[int] = []  # of the snapshots and their records
+        self._kept: list[Older] | None = None  # the older snapshots, in order; None until they were listed
+        self._sizes: list[int] = []  # the sizes of these snapshots, each with the records after it
         self._before = 0  # the number of bytes of records before the first snapshot
-        self._counted = 0  # the number up to which records were counted
+        self._counted = 0  # the number of the last record whose size was counted
         self._added = 0  # the number of generations since the last pruning
 
     @property
@@ -76,7 +76,7 @@ class Keeper:
     async def _keep(self, etag: str, seq: int) -> None:
         source = await self._store.get_end(self._names.snapshot, END_BYTES)
         if source is None or source[0].etag != unquoted(etag):
-            return  # another writer has replaced or deleted it, and the checkpoint finds this out
+            return  # another writer has replaced or deleted the snapshot, and the checkpoint will notice this
         found, end = source
         moment = moment_of_snapshot(end)
         wall = moment.wall if moment is not None else 0
@@ -96,19 +96,19 @@ class Keeper:
             self._added += 1
 
     async def _honours_conditions(self) -> bool:
-        """Return whether the store refuses a copy whose condition is not met. Ask it only once."""
+        """Return whether the store refuses a copy whose condition is not met. Test this only once."""
         if self._honours is None:
             fence = self._names.record(self._fence)
             try:
                 ignores = await self._store.copy(fence, self._names.probe, NO_ETAG)
-                # Without the fence, the store would refuse each copy of it.
+                # If the fence did not exist, the store would refuse to copy it even without a condition.
                 self._honours = not ignores and await self._store.head(fence) is not None
             except UnsupportedError:
                 self._honours = False
         return self._honours
 
     async def _copy_bytes(self, source: ObjectInfo, target: str) -> bool:
-        """Copy the present snapshot with a GET and a PUT. Return False if it is not `source` any longer."""
+        """Copy the present snapshot with a GET and a PUT. Return False if the present snapshot is no longer `source`."""
         got = await self._store.get_spooled(self._names.snapshot)
         if got is None:
             return False
@@ -117,7 +117,7 @@ class Keeper:
             if found.etag != source.etag:
                 return False
             body = await spool.body()
-            # The copy has the write id of the snapshot. So an earlier copy of it, perhaps of another session, counts as this one.
+            # The copy has the write id of the snapshot. So if there is an earlier copy, perhaps of another session, the copy succeeds.
             metadata = {WRITE_ID: f"of {found.etag}", **found.metadata}
             await self._store.put(target, body, metadata, None)
         except NotOursError:
@@ -138,7 +138,7 @@ class Keeper:
     # Pruning
 
     async def prune(self, covered: int) -> bool:
-        """Delete the generations that a rule lets go. Call this after a checkpoint.
+        """Delete the generations that the limits do not allow. Call this after a checkpoint.
 
         Args:
             covered: The number of the last record that the snapshot in use covers.
@@ -147,7 +147,7 @@ class Keeper:
             Whether something was deleted.
 
         Raises:
-            StorageError: Some of them may still exist. The next call deletes them.
+            StorageError: Some of these generations may still exist. The next call deletes them.
         """
         kept = await self._listed()
         await self._count(covered)
@@ -176,7 +176,7 @@ class Keeper:
                     self._sizes[at] += size
 
     async def _delete_oldest(self, covered: int) -> bool:
-        """Delete the oldest generation. Return False if a part of it is left to the next call."""
+        """Delete the oldest generation. Return False if a part of it is left for the next call."""
         kept = await self._listed()
         is_first = self._before > 0  # the records before the first snapshot
         start = 0 if is_first else kept[0].seq
@@ -201,7 +201,7 @@ class Keeper:
         return False
 
     async def _page(self, start: int, end: int) -> tuple[dict[int, int], int]:
-        """Return the sizes of some records and fences above `start`, up to `end`, and the number where the next page starts."""
+        """Return the sizes of some records and fences above `start`, up to `end`. Also return the number at which the next page starts."""
         page, more = await self._store.page(self._names.journal, self._names.record(start))
         sizes = {number: size for key, size in page.items() if (number := self._names.number(key)) is not None}
         last = max(sizes, default=end)  # keys that come after all numbers are not records
@@ -211,6 +211,6 @@ class Keeper:
 
 
 async def keeps_something(store: Requests, names: Names) -> bool:
-    """Return whether there is a history. A session without one must not delete its records."""
+    """Return whether there is a history. A session that keeps no history must not delete the records of an existing one."""
     page, _ = await store.page(names.history, names.history)
     return any(names.older(key) is not None for key in page)

@@ -5,7 +5,8 @@
   until its outcome is known. No other record is written before that.
 * A checkpoint takes a view, and notes the number of the last record that the view covers. It
   spools the new snapshot, and replaces the old snapshot. Then it deletes the records that
-  the new snapshot covers. Fences are never deleted.
+  the new snapshot covers. With a history, it deletes only the oldest generations instead.
+  Fences are never deleted.
 * A session that finds the fence or the snapshot of a newer writer is deposed. A session that finds
   a snapshot from another program is deposed, too. From then on, each write raises `FencedError`.
 
@@ -58,7 +59,7 @@ class S3Session:
     ) -> None:
         """Begin the session of an opened state.
 
-        `let_go` is called when the session has ended. `limits` are those of the history; `None` without a history.
+        `let_go` is called when the session has ended. `limits` are the limits of the history; `None` if the session keeps no history.
         """
         fence, loaded, undeletable = opened
         self._keeper = None if limits is None else Keeper(store, names, limits, fence)
@@ -74,7 +75,7 @@ class S3Session:
         self._seq = fence
         self._records = dict(loaded.records)  # sizes, by number, of the records that the snapshot does not cover
         self._covered = loaded.covered
-        self._left = loaded.kept  # the number up to which records belong to a history; None if it is not known yet
+        self._left = loaded.kept  # the number of the last record in an earlier history; None if not known yet
         self._cleaned = 0
         self._pending: _Pending | None = None
         self._deposed: str | None = None
@@ -189,7 +190,7 @@ class S3Session:
 
     async def _publish(self, body: Body, stamp: Stamp, spool: Spool) -> None:
         try:
-            # Without records between them, the old snapshot and the new one are equal.
+            # If there are no records between the old snapshot and the new one, both are equal.
             if self._keeper is not None and self._etag is not None and stamp.seq > self._covered:
                 await self._keeper.keep(self._etag, self._covered)
             covered = await self._replace(body, stamp)
@@ -237,14 +238,14 @@ class S3Session:
         """Return the number up to which the records belong to a history, for the metadata of a new snapshot."""
         if self._keeper is not None:
             return stamp.seq
-        if self._left is None:  # a person or another program has put the snapshot there, without metadata
+        if self._left is None:  # the operator or another program wrote the snapshot, without metadata
             self._left = self._covered if await keeps_something(self._store, self._names) else 0
         return self._left
 
     async def _clean(self, covered: int, own: list[int]) -> None:
         """Delete the records up to `covered`, including records that a crash left. Do not delete fences.
 
-        With a history, delete only the records of generations that it lets go.
+        With a history, delete only the generations that its limits do not allow.
 
         If the store refused the last deletion, first delete only the records in `own`, which this
         session knows. If the store refuses again, do not list the other records. A failure is
@@ -267,7 +268,7 @@ class S3Session:
     async def _clean_pages(self, covered: int) -> None:
         """Delete the records up to `covered`, from the point where the last call ended.
 
-        Leave the records of a history that another session has kept. After `_MOST_PAGES` pages, leave the rest to the
+        Keep the records of a history that an earlier session has kept. After `_MOST_PAGES` pages, leave the rest to the
         next checkpoint.
         """
         self._cleaned = max(self._cleaned, self._left or 0)
@@ -284,7 +285,7 @@ class S3Session:
         await self._store.delete(map(self._names.record, numbers))
 
     def _unwarn(self) -> None:
-        """Note that the store deletes again."""
+        """Note that the store allows deletions again."""
         if self.warning is not None:
             self.warning = None
             _logger.debug("%s: records can be deleted again", self.path)
