@@ -68,7 +68,7 @@ class Keeper:
         except StorageError as error:
             self._failures += 1
             _logger.error(  # noqa: TRY400 -- the message has everything
-                "%s: a snapshot could not be copied into the history, so the generation before it goes on: %s",
+                "%s: a snapshot could not be copied into the history, so the records after it belong to the generation before it: %s",
                 self._names.url(self._names.snapshot),
                 error,
             )
