@@ -14,10 +14,10 @@ A change of many keys does not change the index in one step. It adds two separat
 the keys with their old expiries, and one has the keys with their new expiries. The counts consider both of
 these indexes. `merge_replaced` moves their keys into the main index in steps.
 
-A key is due by the time of the state (`State.now`), not by the wall clock. At a start, the time of the
-state is the time of the wall clock. If any key expires, it is calculated from the recorded time (`resumed`).
-After that, the time of the state counts the seconds that pass. So if the wall clock is set while the manager
-runs, this changes no expiry before the next start.
+The time of the state (`State.now`) decides which keys are due, and not the wall clock. If any loaded key
+expires, a start calculates the time of the state from the recorded time (`resumed`). Otherwise it uses the time
+of the wall clock. After the start, the time of the state counts the seconds that pass. So if the wall clock is
+set while the manager runs, no expiry is affected before the next start.
 """
 
 from __future__ import annotations

@@ -282,7 +282,7 @@ def _give_up(taking: Future[tuple[Paths, Lock, Listener]], own: OwnSocket) -> No
 
 
 def _nothing() -> None:
-    """Do nothing. The result is a future that is done when the earlier calls of the thread have ended."""
+    """Do nothing. `Claim.release` runs this in the thread, to wait until the earlier calls there have ended."""
 
 
 def _read_holder(directory: str, name: str) -> LockHolder | None:
