@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lab_state._checking import Misfit
 from lab_state._clock import Clock, Timer
 from lab_state._copy import copy_state
 from lab_state._escaping import escape_key, escape_name
@@ -70,6 +71,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Transaction",
     # schemas and migrations
     "MigrationDraft",
+    "Misfit",
     "Schema",
     # storages and calls that read them
     "FileStorage",

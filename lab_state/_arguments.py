@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Collection, Iterable
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from lab_state._periods import LONGEST_TTL, Seconds
 from lab_state.exceptions import InvalidKeyError, InvalidValueError
@@ -73,6 +73,21 @@ def check_prefix(prefix: object) -> str:
     if not isinstance(prefix, str):
         raise TypeError(f"a prefix must be a str, not {type(prefix).__name__}")
     return str.__str__(prefix)
+
+
+OnMismatch: TypeAlias = Literal["raise", "skip"]
+"""The effect of a value that is not of the requested type on a call with many keys."""
+
+
+def check_on_mismatch(on_mismatch: object) -> bool:
+    """Return whether a call leaves out values that are not of the requested type.
+
+    Raises:
+        ValueError: The argument is neither `"raise"` nor `"skip"`.
+    """
+    if on_mismatch not in {"raise", "skip"}:
+        raise ValueError('on_mismatch must be "raise" or "skip"')
+    return on_mismatch == "skip"
 
 
 def check_limit(limit: object) -> None:

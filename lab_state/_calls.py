@@ -52,7 +52,7 @@ class Calls(Writing, Waits):
     is one exception: `set` does not check the loop if the key has an unflushed change already.
 
     A call whose name ends in `_nowait` does the same as the call without this ending, but without `await`. It is meant
-    for callbacks and other synchronous code on the event loop. Each read except `items` has such a call. For `exists`, it
+    for callbacks and other synchronous code on the event loop. Each read except `items` and `check` has such a call. For `exists`, it
     is `in`. Three writes have such a call: `set_nowait`, `delete_nowait` and `update_nowait`. These three change the
     memory and return, and the change becomes durable with the next flush.
     """

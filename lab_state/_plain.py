@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from inspect import signature
 from typing import Any, ClassVar, Concatenate, Final, Literal, ParamSpec, TypeVar, overload
 
+from lab_state._arguments import OnMismatch
 from lab_state._calls import Calls
 from lab_state._handle import Handle
 from lab_state._items import PlainItems
@@ -54,6 +55,7 @@ class Plain(Handle):
         limit: int | None = ...,
         reverse: bool = ...,
         type: type[T],
+        on_mismatch: OnMismatch = ...,
     ) -> PlainItems[T]: ...
     @overload
     def items(
@@ -64,6 +66,7 @@ class Plain(Handle):
         limit: int | None = ...,
         reverse: bool = ...,
         type: Any = ...,
+        on_mismatch: OnMismatch = ...,
     ) -> PlainItems[Any]: ...
     def items(
         self,
@@ -73,14 +76,16 @@ class Plain(Handle):
         limit: int | None = None,
         reverse: bool = False,
         type: Any = Any,
+        on_mismatch: OnMismatch = "raise",
     ) -> PlainItems[Any]:
         """Iterate over the keys that start with `prefix` and their values, all of one moment; see `Manager.items`."""
-        steps = self._calls._steps(prefix, after, limit, type, reverse=reverse)  # noqa: SLF001 -- `Plain` and its calls are one object in two parts
+        steps = self._calls._steps(prefix, after, limit, type, on_mismatch, reverse=reverse)  # noqa: SLF001 -- `Plain` and its calls are one object in two parts
         return PlainItems(steps, self._run, pause=self._may_wait)
 
     get: Final = plain(Calls.get)
     get_many: Final = plain(Calls.get_many)
     get_all: Final = plain(Calls.get_all)
+    check: Final = plain(Calls.check)
     exists: Final = plain(Calls.exists)
     keys: Final = plain(Calls.keys)
     expires_in: Final = plain(Calls.expires_in)

@@ -75,7 +75,7 @@ def test_a_view_has_no_other_calls() -> None:
     calls = {name for name in dir(Reads) if not name.startswith("_")}
     assert public - calls == {"durable_revision", "live", "readable_by", "revision", "schema", "wall"}
     named = {"expires_in", "get", "get_all", "get_many", "keys"}
-    assert calls == {"exists", "items", *named, *(f"{name}_nowait" for name in named)}
+    assert calls == {"check", "exists", "items", *named, *(f"{name}_nowait" for name in named)}
     assert calls <= {name for name, _ in inspect.getmembers(Manager)}
 
 

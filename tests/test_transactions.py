@@ -88,6 +88,7 @@ SAME: dict[str, list[Callable[[Any], Any]]] = {
         lambda calls: calls.get_all("users/", type=User),
         lambda calls: calls.get_all(type=int),
     ],
+    "check": [lambda calls: calls.check(type=int), lambda calls: calls.check(type=str, limit=1)],
     "exists": [lambda calls: calls.exists("a"), lambda calls: calls.exists("nope")],
     "keys": [lambda calls: calls.keys(), lambda calls: calls.keys("users/"), lambda calls: calls.keys(5)],
     "expires_in": [
@@ -578,6 +579,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "get": lambda calls: calls.get("a"),
     "get_many": lambda calls: calls.get_many(["a", "n"]),
     "get_all": lambda calls: calls.get_all(),
+    "check": lambda calls: calls.check(type=str),
     "exists": lambda calls: calls.exists("a"),
     "keys": lambda calls: calls.keys(),
     "expires_in": lambda calls: calls.expires_in("a"),

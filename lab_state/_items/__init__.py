@@ -7,7 +7,7 @@ of some keys. An `async for` gets the pairs of a page one by one, and the event 
 
 from lab_state._items._collected import collected
 from lab_state._items._iterators import Items, Iterates, PlainItems
-from lab_state._items._pages import Decoding, Pages
+from lab_state._items._pages import SKIPPED, Decoding, Pages
 from lab_state._items._steps import StateSource, Steps
 
-__all__ = ["Decoding", "Items", "Iterates", "Pages", "PlainItems", "StateSource", "Steps", "collected"]
+__all__ = ["SKIPPED", "Decoding", "Items", "Iterates", "Pages", "PlainItems", "StateSource", "Steps", "collected"]

@@ -31,7 +31,7 @@ async def collected(core: ReadingCore, pieces: Sequence[Chunk], within: Range, d
     try:
         pages, until = Pages(view, pieces, within, state.now()), perf_counter() + _SECONDS_IN_STEP
         while pages.add_to(found, decoding):
-            if perf_counter() > until:
+            if perf_counter() > until and state.has_steps:
                 await pause(core)
                 until = perf_counter() + _SECONDS_IN_STEP
     finally:

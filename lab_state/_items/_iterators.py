@@ -7,6 +7,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, final, overload
 
+from lab_state._arguments import OnMismatch
 from lab_state._handle import Handle
 from lab_state._items._steps import Steps
 from lab_state.exceptions import ClosedError
@@ -162,6 +163,7 @@ class Iterates(Handle):
         limit: int | None = ...,
         reverse: bool = ...,
         type: type[T],
+        on_mismatch: OnMismatch = ...,
     ) -> Items[T]: ...
     @overload
     def items(
@@ -172,6 +174,7 @@ class Iterates(Handle):
         limit: int | None = ...,
         reverse: bool = ...,
         type: Any = ...,
+        on_mismatch: OnMismatch = ...,
     ) -> Items[Any]: ...
     def items(
         self,
@@ -181,6 +184,7 @@ class Iterates(Handle):
         limit: int | None = None,
         reverse: bool = False,
         type: Any = Any,
+        on_mismatch: OnMismatch = "raise",
     ) -> Items[Any]:
         """Iterate over the keys that start with `prefix` and their values, in order, all of one moment.
 
@@ -199,6 +203,8 @@ class Iterates(Handle):
             limit: The largest number of keys, 1 or more; `None` means all.
             reverse: Whether to begin with the highest key.
             type: The type to decode each value as; see `get`.
+            on_mismatch: `"raise"`: a value that is not of the type raises `TypeMismatchError`. `"skip"`: such a value is left out. A
+                `limit` does not count it.
 
         Returns:
             An iterator over pairs of a key and its value. For the errors of its steps, see `Items`. If the
@@ -207,10 +213,12 @@ class Iterates(Handle):
         Raises:
             InvalidKeyError: `after` cannot be a key.
             TypeError: An argument has a wrong type, or `type` cannot be decoded; see `get`.
-            ValueError: `limit` is below 1.
+            ValueError: `limit` is below 1, or `on_mismatch` is unknown.
         """
-        return Items(self._steps(prefix, after, limit, type, reverse=reverse))
+        return Items(self._steps(prefix, after, limit, type, on_mismatch, reverse=reverse))
 
-    def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:
+    def _steps(
+        self, prefix: str, after: str | None, limit: int | None, type_: Any, on_mismatch: OnMismatch, *, reverse: bool
+    ) -> Steps:
         """Return the steps of an iterator; see `items`."""
         raise NotImplementedError

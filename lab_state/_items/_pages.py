@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 from msgspec import Raw
 
@@ -15,6 +15,7 @@ from lab_state._not_json import NOT_JSON
 from lab_state._order import Chunk
 from lab_state._types import decode_list
 from lab_state._undo import UndoView
+from lab_state.exceptions import TypeMismatchError
 
 _KEYS_IN_STEP = 200
 """The largest number of keys in a page."""
@@ -29,6 +30,10 @@ _JSON = frozenset({bytes, Raw})
 """The classes of stored values that are JSON, and have to be decoded."""
 
 
+SKIPPED: Final = object()
+"""The result of `Decoding.value` for a value that is left out."""
+
+
 class Decoding(NamedTuple):
     """The way to decode values.
 
@@ -39,6 +44,17 @@ class Decoding(NamedTuple):
 
     type: Any
     value: Callable[[str, Value], Any]
+
+    def skipping(self) -> Decoding:
+        """Return the same way, except that values that are not of the type are left out."""
+
+        def value(key: str, stored: Value) -> Any:
+            try:
+                return self.value(key, stored)
+            except TypeMismatchError:
+                return SKIPPED
+
+        return Decoding(self.type, value)
 
 
 class Pages:
@@ -151,12 +167,14 @@ class Pages:
                     continue
                 stored = stored.value
             try:
-                rows.append((key, decoding.value(key, stored)))
+                value = decoding.value(key, stored)
             except Exception:
                 if not rows:
                     raise
                 rest.append((key, stored))  # the next call begins with this value, and raises the error
                 break
+            if value is not SKIPPED:
+                rows.append((key, value))
         self._left -= len(rows)
         return rows
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from typing import Any, cast
 
-from lab_state._arguments import check_key, check_limit, check_prefix
+from lab_state._arguments import OnMismatch, check_key, check_limit, check_on_mismatch, check_prefix
 from lab_state._clock import Clock, SystemClock
 from lab_state._entries import MISSING, Expiring, Json, Stored, Value
 from lab_state._in_steps import Range
@@ -64,14 +64,19 @@ class MirrorAccess(Iterates):
             return {key: entries[key] for key in keys if key in entries}
         return (await self._read(self._source.fetch(keys)))[1]
 
-    def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:
+    def _steps(
+        self, prefix: str, after: str | None, limit: int | None, type_: Any, on_mismatch: OnMismatch, *, reverse: bool
+    ) -> Steps:
+        is_skipping = check_on_mismatch(on_mismatch)
         if type_ is not Any:
             check_type(type_)
 
         def decode(key: str, value: Value) -> Any:
             return self._decoded(key, value, MISSING, type_)
 
-        return Steps(self._moment(prefix, after, limit, reverse=reverse), Decoding(type_, decode))
+        decoding = Decoding(type_, decode)
+        moment = self._moment(prefix, after, limit, reverse=reverse)
+        return Steps(moment, decoding.skipping() if is_skipping else decoding)
 
     def _moment(self, prefix: object, after: object, limit: object, *, reverse: bool) -> Moment:
         """Return the source for the keys and values of a range."""
@@ -144,8 +149,15 @@ class MirrorAccess(Iterates):
         except TypeMismatchError as error:
             raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
 
-    def _all_decoded(self, entries: dict[str, Stored], type_: Any) -> dict[str, Any]:
-        return {key: self._decoded(key, stored, MISSING, type_) for key, stored in self._alive(entries).items()}
+    def _all_decoded(self, entries: dict[str, Stored], type_: Any, *, is_skipping: bool) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, stored in self._alive(entries).items():
+            try:
+                found[key] = self._decoded(key, stored, MISSING, type_)
+            except TypeMismatchError:
+                if not is_skipping:
+                    raise
+        return found
 
 
 def _stored(found: Fetched) -> dict[str, Stored]:

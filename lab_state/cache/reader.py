@@ -8,7 +8,16 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 from lab_state import _forks as forks
-from lab_state._arguments import check_default, check_key, check_prefix, check_revision, check_timeout, many_keys
+from lab_state._arguments import (
+    OnMismatch,
+    check_default,
+    check_key,
+    check_on_mismatch,
+    check_prefix,
+    check_revision,
+    check_timeout,
+    many_keys,
+)
 from lab_state._clock import within
 from lab_state._entries import MISSING, Expiring, Value
 from lab_state._items import Decoding, Items, Steps
@@ -165,16 +174,27 @@ class Reader(MirrorAccess):
         return self._decoded(key, stored, default, type)
 
     @overload
-    async def get_many(self, keys: Iterable[str], *, type: type[T]) -> dict[str, T]: ...
+    async def get_many(self, keys: Iterable[str], *, type: type[T], on_mismatch: OnMismatch = ...) -> dict[str, T]: ...
     @overload
-    async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
-    async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
+    async def get_many(
+        self, keys: Iterable[str], *, type: Any = ..., on_mismatch: OnMismatch = ...
+    ) -> dict[str, Any]: ...
+    async def get_many(
+        self, keys: Iterable[str], *, type: Any = Any, on_mismatch: OnMismatch = "raise"
+    ) -> dict[str, Any]:
         """Return the values of the keys that exist, in the given order, all from one moment.
+
+        Args:
+            keys: The keys.
+            type: The type to decode each value as; see `Manager.get`.
+            on_mismatch: `"raise"`: a value that is not of the type raises `TypeMismatchError`. `"skip"`: such a value is left out.
 
         Raises:
             TypeMismatchError: One of the values cannot be decoded as `type`. `error.path` is the path in this value.
+            ValueError: `on_mismatch` is unknown.
             UnavailableError: See `Reader`.
         """
+        is_skipping = check_on_mismatch(on_mismatch)
         if type is not Any:
             check_type(type)
         wanted = [_asked(key) for key in many_keys(keys)]
@@ -182,11 +202,18 @@ class Reader(MirrorAccess):
         for key in wanted:
             if key not in found:
                 check_key(key)
-        return self._all_decoded(found, type)
+        return self._all_decoded(found, type, is_skipping=is_skipping)
 
     @overload
     async def get_all(
-        self, prefix: str = ..., *, after: str | None = ..., limit: int | None = ..., reverse: bool = ..., type: type[T]
+        self,
+        prefix: str = ...,
+        *,
+        after: str | None = ...,
+        limit: int | None = ...,
+        reverse: bool = ...,
+        type: type[T],
+        on_mismatch: OnMismatch = ...,
     ) -> dict[str, T]: ...
     @overload
     async def get_all(
@@ -197,6 +224,7 @@ class Reader(MirrorAccess):
         limit: int | None = ...,
         reverse: bool = ...,
         type: Any = ...,
+        on_mismatch: OnMismatch = ...,
     ) -> dict[str, Any]: ...
     async def get_all(
         self,
@@ -206,6 +234,7 @@ class Reader(MirrorAccess):
         limit: int | None = None,
         reverse: bool = False,
         type: Any = Any,
+        on_mismatch: OnMismatch = "raise",
     ) -> dict[str, Any]:
         """Return the keys that start with `prefix`, and their values, all from one moment, in order of code points.
 
@@ -224,15 +253,17 @@ class Reader(MirrorAccess):
             limit: The largest number of keys, 1 or more; `None` means all.
             reverse: Whether to begin with the highest key.
             type: The type to decode each value as; see `Manager.get`.
+            on_mismatch: `"raise"`: a value that is not of the type raises `TypeMismatchError`. `"skip"`: such a value is left out. A
+                `limit` does not count it.
 
         Raises:
             TypeMismatchError: One of the values cannot be decoded as `type`. `error.path` is the path in this value.
             InvalidKeyError: `after` cannot be a key.
             TypeError: An argument has a wrong type, or the type cannot be decoded.
-            ValueError: `limit` is below 1.
+            ValueError: `limit` is below 1, or `on_mismatch` is unknown.
             UnavailableError: See `Reader`.
         """
-        async with Items[Any](self._steps(prefix, after, limit, type, reverse=reverse)) as items:
+        async with Items[Any](self._steps(prefix, after, limit, type, on_mismatch, reverse=reverse)) as items:
             return {key: value async for key, value in items}
 
     async def exists(self, key: str) -> bool:

@@ -13,30 +13,35 @@ from typing import Any, Literal, TypeVar, overload
 
 from msgspec import Raw
 
-from lab_state._arguments import as_text, check_default, check_key, check_limit, check_prefix, many_keys
-from lab_state._core import CallCore
-from lab_state._entries import MISSING, SCALARS, Expiring, Stored
-from lab_state._in_steps import Range, bring_up_to_date, keys_in_steps, take_pieces
-from lab_state._items import Decoding, Iterates, StateSource, Steps, collected
+from lab_state._arguments import (
+    OnMismatch,
+    as_text,
+    check_default,
+    check_key,
+    check_limit,
+    check_on_mismatch,
+    many_keys,
+)
+from lab_state._checking import Misfit, misfit
+from lab_state._entries import MISSING, SCALARS, Expiring, Stored, Value
+from lab_state._in_steps import bring_up_to_date, keys_in_steps, take_pieces
+from lab_state._items import SKIPPED, Decoding, StateSource, Steps, collected
 from lab_state._order import bounds
+from lab_state._reads._ranges import Ranges
 from lab_state._types import DECODE_ERRORS, check_type, decode_json, decode_value
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
 
 T = TypeVar("T")
 
 
-class Reads(Iterates):
+class Reads(Ranges):
     """The calls that change nothing.
 
-    Each call except `items` has a form without `await`, for callbacks and other synchronous code on the event
+    Each call except `items` and `check` has a form without `await`, for callbacks and other synchronous code on the event
     loop. The name of that form ends in `_nowait`. For `exists`, that form is `in`.
     """
 
-    __slots__ = ("_core", "_prefix")
-
-    def __init__(self, core: CallCore, prefix: str) -> None:
-        self._core = core
-        self._prefix = prefix
+    __slots__ = ()
 
     def __len__(self) -> int:
         """Return the number of keys.
@@ -121,34 +126,51 @@ class Reads(Iterates):
         return self._get(key, default, type)
 
     @overload
-    async def get_many(self, keys: Iterable[str], *, type: type[T]) -> dict[str, T]: ...
+    async def get_many(self, keys: Iterable[str], *, type: type[T], on_mismatch: OnMismatch = ...) -> dict[str, T]: ...
     @overload
-    async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
-    async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
+    async def get_many(
+        self, keys: Iterable[str], *, type: Any = ..., on_mismatch: OnMismatch = ...
+    ) -> dict[str, Any]: ...
+    async def get_many(
+        self, keys: Iterable[str], *, type: Any = Any, on_mismatch: OnMismatch = "raise"
+    ) -> dict[str, Any]:
         """Return the keys that exist, in the given order, with their values. All values are of one moment.
 
         Args:
             keys: The keys.
             type: The type to decode each value as; see `get`.
+            on_mismatch: `"raise"`: a value that is not of the type raises `TypeMismatchError`. `"skip"`: such a value is left out.
 
         Raises:
             TypeMismatchError: One of the values cannot be decoded as `type`. `error.path` is the path in this value.
+            ValueError: `on_mismatch` is unknown.
             TypeError: `keys` is one `str`, or is not iterable. Or the type cannot be decoded; see `get`.
         """
-        return self.get_many_nowait(keys, type=type)
+        return self.get_many_nowait(keys, type=type, on_mismatch=on_mismatch)
 
     @overload
-    def get_many_nowait(self, keys: Iterable[str], *, type: type[T]) -> dict[str, T]: ...
+    def get_many_nowait(self, keys: Iterable[str], *, type: type[T], on_mismatch: OnMismatch = ...) -> dict[str, T]: ...
     @overload
-    def get_many_nowait(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
-    def get_many_nowait(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
+    def get_many_nowait(
+        self, keys: Iterable[str], *, type: Any = ..., on_mismatch: OnMismatch = ...
+    ) -> dict[str, Any]: ...
+    def get_many_nowait(
+        self, keys: Iterable[str], *, type: Any = Any, on_mismatch: OnMismatch = "raise"
+    ) -> dict[str, Any]:
         """Return the keys that exist, with their values, without `await`; see `get_many`."""
         self._check_open()
-        return self._all(many_keys(keys), type)
+        return self._all(many_keys(keys), type, is_skipping=check_on_mismatch(on_mismatch))
 
     @overload
     async def get_all(
-        self, prefix: str = ..., *, after: str | None = ..., limit: int | None = ..., reverse: bool = ..., type: type[T]
+        self,
+        prefix: str = ...,
+        *,
+        after: str | None = ...,
+        limit: int | None = ...,
+        reverse: bool = ...,
+        type: type[T],
+        on_mismatch: OnMismatch = ...,
     ) -> dict[str, T]: ...
     @overload
     async def get_all(
@@ -159,6 +181,7 @@ class Reads(Iterates):
         limit: int | None = ...,
         reverse: bool = ...,
         type: Any = ...,
+        on_mismatch: OnMismatch = ...,
     ) -> dict[str, Any]: ...
     async def get_all(
         self,
@@ -168,6 +191,7 @@ class Reads(Iterates):
         limit: int | None = None,
         reverse: bool = False,
         type: Any = Any,
+        on_mismatch: OnMismatch = "raise",
     ) -> dict[str, Any]:
         """Return the keys that start with `prefix`, in order of code points, with their values. All values are of one moment.
 
@@ -182,26 +206,38 @@ class Reads(Iterates):
             limit: The largest number of keys, 1 or more; `None` means all.
             reverse: Whether to begin with the highest key.
             type: The type to decode each value as; see `get`.
+            on_mismatch: `"raise"`: a value that is not of the type raises `TypeMismatchError`. `"skip"`: such a value is left out. A
+                `limit` does not count it.
 
         Raises:
             TypeMismatchError: One of the values cannot be decoded as `type`. `error.path` is the path in this value.
             InvalidKeyError: `after` cannot be a key.
             TypeError: An argument has a wrong type, or `type` cannot be decoded; see `get`.
-            ValueError: `limit` is below 1.
+            ValueError: `limit` is below 1, or `on_mismatch` is unknown.
             ClosedError: The manager is not running, or was stopped during the steps.
         """
+        is_skipping = check_on_mismatch(on_mismatch)
         self._check_open()
         within = self._range(prefix, after, limit, reverse=reverse)
         if self._core.state.is_index_behind:
             await bring_up_to_date(self._core)
-        pieces = take_pieces(self._core.state, within)
+        # It is not known how many of the first keys are left out.
+        whole = within._replace(limit=None) if is_skipping else within
+        pieces = take_pieces(self._core.state, whole)
         if pieces is not None:
-            return await collected(self._core, pieces, within, self._decoding(type))
-        return self._all(self._cut(self._names(within)), type)
+            return await collected(self._core, pieces, within, self._decoding(type, is_skipping=is_skipping))
+        return self._all(self._cut(self._names(whole)), type, limit, is_skipping=is_skipping)
 
     @overload
     def get_all_nowait(
-        self, prefix: str = ..., *, after: str | None = ..., limit: int | None = ..., reverse: bool = ..., type: type[T]
+        self,
+        prefix: str = ...,
+        *,
+        after: str | None = ...,
+        limit: int | None = ...,
+        reverse: bool = ...,
+        type: type[T],
+        on_mismatch: OnMismatch = ...,
     ) -> dict[str, T]: ...
     @overload
     def get_all_nowait(
@@ -212,6 +248,7 @@ class Reads(Iterates):
         limit: int | None = ...,
         reverse: bool = ...,
         type: Any = ...,
+        on_mismatch: OnMismatch = ...,
     ) -> dict[str, Any]: ...
     def get_all_nowait(
         self,
@@ -221,13 +258,49 @@ class Reads(Iterates):
         limit: int | None = None,
         reverse: bool = False,
         type: Any = Any,
+        on_mismatch: OnMismatch = "raise",
     ) -> dict[str, Any]:
         """Return the keys that start with `prefix`, with their values, without `await`, in one step; see `get_all`.
 
         With a million keys, this blocks the event loop for some seconds.
         """
         self._check_open()
-        return self._all(self._cut(self._names(self._range(prefix, after, limit, reverse=reverse))), type)
+        is_skipping = check_on_mismatch(on_mismatch)
+        within = self._range(prefix, after, limit, reverse=reverse)
+        names = self._names(within._replace(limit=None) if is_skipping else within)
+        return self._all(self._cut(names), type, limit, is_skipping=is_skipping)
+
+    async def check(self, prefix: str = "", *, type: Any, limit: int = 100) -> list[Misfit]:
+        """Return the values that are not of a type, in order of their keys, all of one moment.
+
+        Use it before a change of a type, or after a `TypeMismatchError`. No value is in the result. The call works in steps of about a
+        millisecond, and the event loop runs between two steps. The first call that needs an order sorts all keys; see `keys`.
+
+        Args:
+            prefix: The beginning of the keys; an empty text selects all keys.
+            type: The type; see `get`.
+            limit: The largest number of results, 1 or more. The call ends when it has found so many.
+
+        Raises:
+            TypeError: An argument has a wrong type, or `type` cannot be decoded; see `get`.
+            ValueError: `limit` is below 1.
+            ClosedError: The manager is not running, or was stopped during the steps.
+        """
+        check_limit(limit)
+        check_type(type)
+        within = self._checked_range(prefix, None, None, reverse=False)
+        # With the type `object`, each value is passed to the function.
+        steps = Steps(
+            StateSource(self._core, within, self._under(prefix)),
+            Decoding(object, partial(_misfit_or_skipped, type_=type)),
+        )
+        found: list[Misfit] = []
+        try:
+            while len(found) < limit and await steps.step(pause=self._core.state.has_steps):
+                found += [wrong for _, wrong in steps.rows]
+        finally:
+            steps.close()
+        return found[:limit]
 
     async def exists(self, key: str) -> bool:
         """Return whether the key exists. Raise `InvalidKeyError` for an object that cannot be a key."""
@@ -314,12 +387,6 @@ class Reads(Iterates):
 
     # Rare cases of the hot path, and code that several calls share
 
-    def _full(self, key: object) -> str:
-        """Return a key with the prefix of this handle before it. Check that the key is a `str`, but not its length and characters."""
-        if not isinstance(key, str):
-            raise InvalidKeyError(f"a key must be a str, not {key.__class__.__name__}")
-        return self._prefix + str.__str__(key)
-
     def _get(self, key: str, default: object, type_: Any) -> Any:
         """Return the value of a key, or the default; see `get`."""
         if key.__class__ is not str:
@@ -340,15 +407,24 @@ class Reads(Iterates):
             return value
         return self._decode(key, stored, default, type_)
 
-    def _all(self, keys: Iterable[str], type_: Any) -> dict[str, Any]:
-        """Return the keys that exist, with their values."""
+    def _all(
+        self, keys: Iterable[str], type_: Any, limit: int | None = None, *, is_skipping: bool = False
+    ) -> dict[str, Any]:
+        """Return the keys that exist, with their values, up to a limit. If `is_skipping` is set, leave out values of other types."""
         if type_ is not Any:
             check_type(type_)
         found: dict[str, Any] = {}
         for key in keys:
-            value = self._get(key, MISSING_VALUE, type_)
+            try:
+                value = self._get(key, MISSING_VALUE, type_)
+            except TypeMismatchError:
+                if not is_skipping:
+                    raise
+                continue
             if value is not MISSING_VALUE:
                 found[key] = value
+                if len(found) == limit:
+                    break
         return found
 
     def _missing(self, key: object, default: object, type_: Any = Any) -> Any:
@@ -387,70 +463,29 @@ class Reads(Iterates):
         stored = self._core.state.entries[self._full(key)]
         return stored.at if isinstance(stored, Expiring) else None
 
-    def _check_open(self) -> None:
-        self._core.check_open()
-
-    def _range(self, prefix: object, after: object, limit: int | None, *, reverse: bool) -> Range:
-        """Return the range of the keys that a call is about to read; see `_checked_range`."""
-        within = self._checked_range(prefix, after, limit, reverse=reverse)
-        self._core.state.note_listing(self._under(prefix))
-        return within
-
-    def _checked_range(self, prefix: object, after: object, limit: int | None, *, reverse: bool) -> Range:
-        """Return the range of the keys that a call asks for. Its bounds include the prefix of this handle.
-
-        Raises:
-            InvalidKeyError: `after` cannot be a key.
-            TypeError: An argument has a wrong type.
-            ValueError: `limit` is below 1.
-        """
-        if limit is not None:
-            check_limit(limit)
-        behind = None if after is None else check_key(self._full(after))
-        low, high = bounds(self._under(prefix), behind, reverse=reverse)
-        return Range(low, high, len(self._prefix), limit, reverse)
-
-    def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:
-        decoding = self._decoding(type_)
+    def _steps(
+        self, prefix: str, after: str | None, limit: int | None, type_: Any, on_mismatch: OnMismatch, *, reverse: bool
+    ) -> Steps:
+        decoding = self._decoding(type_, is_skipping=check_on_mismatch(on_mismatch))
         within = self._checked_range(prefix, after, limit, reverse=reverse)
         return Steps(StateSource(self._core, within, self._under(prefix)), decoding)
 
-    def _decoding(self, type_: Any) -> Decoding:
-        """Return the way to decode values as a type: the type, and a function.
+    def _decoding(self, type_: Any, *, is_skipping: bool) -> Decoding:
+        """Return the way to decode values as a type. If `is_skipping` is set, values of other types are left out.
 
         Raises:
             TypeError: The type cannot be decoded.
         """
         if type_ is not Any:
             check_type(type_)
-        return Decoding(type_, partial(self._decode, default=MISSING, type_=type_))
+        decoding = Decoding(type_, partial(self._decode, default=MISSING, type_=type_))
+        return decoding.skipping() if is_skipping else decoding
 
-    def _names(self, within: Range) -> list[str]:
-        """Return the keys of a range, in one step. They include the prefix of this handle."""
-        return self._core.state.names(within.low, within.high, within.limit, reverse=within.reverse)
 
-    def _cut(self, names: list[str]) -> list[str]:
-        """Return keys without the prefix of this handle."""
-        cut = len(self._prefix)
-        return [name[cut:] for name in names] if cut else names
-
-    def _keys(self, prefix: str) -> list[str]:
-        """Return the keys that start with a prefix, without the prefix of this handle, in one step."""
-        self._check_open()
-        return self._cut(self._names(self._range(prefix, None, None, reverse=False)))
-
-    def _under(self, prefix: object) -> str:
-        """Return a prefix with the prefix of this handle before it."""
-        return self._prefix + check_prefix(prefix)
-
-    def _nested(self, name: str) -> str:
-        """Return the prefix of the keys of a namespace; see `Manager.namespace` for the errors."""
-        if not isinstance(name, str):
-            raise TypeError(f"the name of a namespace must be a str, not {name.__class__.__name__}")
-        prefix = check_key(f"{self._under(name)}/")
-        if not name or name.endswith("/"):
-            raise InvalidKeyError("a namespace needs a name of 1 character or more, without a slash at its end")
-        return prefix
+def _misfit_or_skipped(key: str, stored: Value, type_: Any) -> Any:
+    """Return the reason why a value is not of a type; `SKIPPED` if it is."""
+    found = misfit(key, stored, type_)
+    return SKIPPED if found is None else found
 
 
 MISSING_VALUE = object()
