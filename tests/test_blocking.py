@@ -108,7 +108,7 @@ SAME: dict[str, list[Callable[[Any], Any]]] = {
     ],
     "get_many": [lambda calls: calls.get_many(["n", "nope", "a"]), lambda calls: calls.get_many("abc")],
     "get_all": [lambda calls: calls.get_all("users/", type=User), lambda calls: calls.get_all(type=int)],
-    "check": [lambda calls: calls.check(type=str), lambda calls: calls.exists("")],
+    "check": [lambda calls: calls.check(type=str), lambda calls: calls.check(type=str, limit=0)],
     "exists": [lambda calls: calls.exists("a"), lambda calls: calls.exists("")],
     "keys": [lambda calls: calls.keys("users/"), lambda calls: calls.keys()],
     "expires_in": [
