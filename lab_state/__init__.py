@@ -10,6 +10,7 @@ from lab_state._history import Generation, list_generations
 from lab_state._items import Items, PlainItems
 from lab_state._metrics import Metrics
 from lab_state._migrations import MigrationDraft, Schema
+from lab_state._restore import Restored, restore_state
 from lab_state._state_view import StateView, read_state
 from lab_state._status import MirrorStatus, Status
 from lab_state._transaction import Transaction
@@ -79,6 +80,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "MemoryStorage",
     "Reading",
     "Recovery",
+    "Restored",
     "S3Storage",
     "StateView",
     "Storage",
@@ -86,6 +88,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "copy_state",
     "list_generations",
     "read_state",
+    "restore_state",
     # mirrors and their readers
     "Cache",
     "CacheSession",

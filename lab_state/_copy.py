@@ -9,8 +9,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from lab_state._codec import LoadedState, decode_snapshot, encode_snapshot, replay
-from lab_state._entries import Expiring, Stored
-from lab_state._loading import load
+from lab_state._loading import load, view_of
 from lab_state._values import encode
 from lab_state.config import Config
 from lab_state.exceptions import StorageError, UnsupportedError
@@ -79,11 +78,10 @@ async def _loaded(session: StorageSession) -> LoadedState:
 async def _write(name: str, target: Storage, state: LoadedState, tell: Progress) -> None:
     async def slices() -> AsyncIterator[bytes]:
         written = 0
-        view = {key: _with_time(state, key) for key in state.entries}
-        slices = encode_snapshot(
-            view, state.revision, state.time, copy_loaded=False, wall=state.wall, versions=state.versions
+        parts = encode_snapshot(
+            view_of(state), state.revision, state.time, copy_loaded=False, wall=state.wall, versions=state.versions
         )
-        for part in slices:
+        for part in parts:
             yield part
             written += len(part)
             tell("written", written)
@@ -111,11 +109,6 @@ async def _verify(name: str, target: Storage, state: LoadedState, tell: Progress
         tell("verified", _size(session.recovery))
     finally:
         await session.aclose()
-
-
-def _with_time(state: LoadedState, key: str) -> Stored:
-    value, at = state.entries[key], state.expires.get(key)
-    return value if at is None or isinstance(value, Expiring) else Expiring(value, at)
 
 
 def _bytes(state: LoadedState, key: str) -> bytes:

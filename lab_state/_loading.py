@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from lab_state._codec import LoadedState, decode_snapshot, replay
+from lab_state._entries import Expiring, Stored
 from lab_state.exceptions import CorruptionError, UnavailableError
 from lab_state.storage._protocol import Reading, Storage
 
@@ -88,3 +89,13 @@ async def decoded(reading: Reading) -> Decoded:
     whole = replay(durable_state, records[durable:], path, first=durable + 1)
     size = len(snapshot or b"") + sum(map(len, records))
     return Decoded(whole, durable_state.revision, live, path, size)
+
+
+def view_of(state: LoadedState) -> dict[str, Stored]:
+    """Return the entries with their expiry times, as `encode_snapshot` takes them."""
+    return {key: _with_time(state, key) for key in state.entries}
+
+
+def _with_time(state: LoadedState, key: str) -> Stored:
+    value, at = state.entries[key], state.expires.get(key)
+    return value if at is None or isinstance(value, Expiring) else Expiring(value, at)

@@ -7,8 +7,10 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
 from lab_state._loading import Decoded, decoded, load_by
-from lab_state.exceptions import CorruptionError, UnavailableError
+from lab_state.exceptions import CorruptionError, StorageError, UnavailableError
 from lab_state.storage._generations import (
+    Moment,
+    described,
     find_revision,
     find_time,
     moment_of_record,
@@ -109,10 +111,28 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
     """
     history = history_of(storage)
     for _ in range(_MOST_LISTS):
-        found = find(await generations(history, name), at, now)
+        listed = await generations(history, name)
         with contextlib.suppress(GoneError):  # the next list does not have the generation
-            return await _load_from(history, name, found, at)
+            return await _load_first(history, name, [find(listed, at, now), *_others(listed, at)], at)
     raise UnavailableError(f"the history of {name!r} changed during each of {_MOST_LISTS} readings; read it again")
+
+
+def _others(listed: list[FoundGeneration], at: At) -> list[FoundGeneration]:
+    """Return the generations that have a revision, too, apart from the newest one. The newest comes first.
+
+    A snapshot has the revision with which the generation before it may end.
+    """
+    if isinstance(at, datetime):
+        return []
+    return [one for one in reversed(listed) if one.span.first.revision <= at <= one.span.last.revision][1:]
+
+
+async def _load_first(history: History, name: str, found: list[FoundGeneration], at: At) -> Decoded:
+    """Return the content of the first generation that is not damaged."""
+    for one in found[:-1]:
+        with contextlib.suppress(CorruptionError):
+            return await _load_from(history, name, one, at)
+    return await _load_from(history, name, found[-1], at)
 
 
 async def generations(history: History, name: str) -> list[FoundGeneration]:
@@ -147,3 +167,28 @@ async def _load_from(history: History, name: str, found: FoundGeneration, at: At
         return reading._replace(records=reading.records[:count], durable=min(reading.durable, count))
 
     return await load_by(read, name) if found.in_use else await decoded(await read(name))
+
+
+async def with_remedy(error: CorruptionError, name: str, storage: Storage) -> CorruptionError:
+    """Return the error of a state that cannot be loaded, with the newest good generation and the call that restores it.
+
+    Each generation that is named has been read and decoded. If there is none, return the error as it is.
+    """
+    try:
+        history = history_of(storage)
+        found = await history.generations(name)
+    except StorageError:
+        return error
+    for generation in reversed(found):
+        if generation.in_use:
+            continue
+        with contextlib.suppress(StorageError):
+            state = (await decoded(await history.read(name, generation))).state
+            place = described(Moment(state.revision, state.wall))
+            call = f"await restore_state({name!r}, storage, {state.revision}, into={name!r})"
+            return CorruptionError(
+                error.path,
+                error.offset,
+                f"{error.detail}. The newest good generation ends at revision {place}; `{call}` restores it",
+            )
+    return error

@@ -9,10 +9,11 @@ from lab_state._core import CallCore
 from lab_state._expiry import resumed
 from lab_state._loading import Decoded, load
 from lab_state._metrics import Counters
-from lab_state._past import check_at, load_at
+from lab_state._past import check_at, load_at, with_remedy
 from lab_state._reads import Reads
 from lab_state._state import State
 from lab_state.config import Config
+from lab_state.exceptions import CorruptionError
 from lab_state.storage._protocol import Storage
 
 
@@ -107,7 +108,8 @@ async def read_state(
         InvalidNameError: The name is out of bounds.
         UnsupportedError: There is no state of this name: check the name and the storage. Or the
             state cannot be read as it is: a permission is missing, or a newer version of lab_state wrote it.
-        CorruptionError: The stored state is damaged. `start()` would refuse it as well.
+        CorruptionError: The stored state is damaged. `start()` would refuse it as well. With `at`, the generation that has the
+            moment is damaged: pass another moment. Without `at`, the message names the newest good generation, if there is one.
         UnavailableError: The state could not be read this time, or a writer replaced parts of it during each of the
             readings: call `read_state` again.
         ValueError: `at` is a `datetime` without a time zone. Or the moment is outside of the history, in a hole of it, or
@@ -118,7 +120,10 @@ async def read_state(
     name = Config(name=name).name
     now = (clock or SystemClock()).time()
     if at is None:
-        return StateView(name, await load(name, storage), now)
+        try:
+            return StateView(name, await load(name, storage), now)
+        except CorruptionError as error:
+            raise await with_remedy(error, name, storage) from error.__cause__
     at = check_at(at)
     loaded = await load_at(name, storage, at, now)
     # The view shows the state at the moment. So its time is that of the moment, and not the present.

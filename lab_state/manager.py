@@ -26,6 +26,7 @@ from lab_state._log import Log, Logs, check_logger
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
 from lab_state._migrations import WITHOUT, Committed, Schema, SchemaStart, checked_schema
 from lab_state._opening import check_asyncio, loaded, opened
+from lab_state._past import with_remedy
 from lab_state._state import State
 from lab_state._status import MirrorStatus, Phase, Role, Status, status_of
 from lab_state._sweeper import Sweeper
@@ -33,7 +34,7 @@ from lab_state._watch import Watchers
 from lab_state.cache._mirror import MirrorWriter
 from lab_state.cache._protocol import Cache
 from lab_state.config import Config
-from lab_state.exceptions import FencedError, LockedError, UnsupportedError
+from lab_state.exceptions import CorruptionError, FencedError, LockedError, UnsupportedError
 from lab_state.handles import Scope
 from lab_state.shared._member import Member
 from lab_state.shared._owner import Surroundings
@@ -201,7 +202,8 @@ class Manager(Scope, BackedUp):
                 If it is a manager of this process, the message also says where its `start()` was called. Stop that manager
                 first. In a shared state: the holder of the lock does not share the state, or no connection to the holder
                 could be made for `Config.owner_timeout` seconds.
-            CorruptionError: The stored state is damaged. Nothing was changed.
+            CorruptionError: The stored state is damaged. Nothing was changed. If the storage has a history, the message names
+                the newest good generation, and the call of `restore_state` that restores it.
             UnavailableError: The state could not be read this time, or the owner of a shared state gave no sign of life for
                 `Config.owner_timeout` seconds. Call `start()` again.
             UnsupportedError: The state cannot be opened as it is. For example, a permission is missing, or a newer version of
@@ -226,6 +228,9 @@ class Manager(Scope, BackedUp):
             self._phase = before
             first = started_here(self._config.name, self._storage, error.place)
             raise LockedError(f"{error}{first}") from error.__cause__
+        except CorruptionError as error:
+            self._phase = before
+            raise await with_remedy(error, self._config.name, self._storage) from error.__cause__
         except BaseException:
             self._phase = before
             raise

@@ -356,7 +356,7 @@ def test_fs_read_changes_nothing() -> None:
 def test_only_the_flusher_writes_to_a_session(module: str) -> None:
     """Only `_flusher.py` commits and only `_checkpoints.py` checkpoints, so at most one of each is under way.
 
-    `_copy.py` writes one checkpoint, to a session that it opens and closes itself. `shared/_found.py` makes
+    `_copy.py` and `_restore.py` write one checkpoint, to a session that they open and close. `shared/_found.py` makes
     one commit, to settle what was loaded, before there is a flusher. So does `_migrations/_start.py`, for a migration.
     """
     names = {call.func.attr for call in calls_in(module) if isinstance(call.func, ast.Attribute)}
@@ -364,6 +364,7 @@ def test_only_the_flusher_writes_to_a_session(module: str) -> None:
         "_flusher": {"commit"},
         "_checkpoints": {"checkpoint"},
         "_copy": {"checkpoint"},
+        "_restore": {"checkpoint"},
         "shared._found": {"commit"},
         "_migrations._start": {"commit"},
     }

@@ -150,6 +150,15 @@ def _make(path: str) -> None:
                     raise
 
 
+def make_new(start: str, number: int) -> str:
+    """Create a directory that only this user can enter, and return its path: `start`, and the first free number from this one on."""
+    while os.path.lexists(path := f"{start}{number}"):
+        number += 1
+    with translated("making the directory", path):
+        os.mkdir(path, 0o700)
+    return path
+
+
 def sync_parents(path: str) -> None:
     """Make the names of a directory and of the directories above it durable.
 

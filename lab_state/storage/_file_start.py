@@ -100,14 +100,14 @@ def load_writer(
             loaded[0].history = KeptHistory(paths, name, keeping)
             loaded[0].history.open(lock.noted)
         is_new = loaded[1].snapshot is None and not loaded[0].end
-        _discard_temporaries(paths, lock, leftovers, is_new=is_new)
+        discard_temporaries(paths, lock, leftovers, is_new=is_new)
     except BaseException:
         lock.release()
         raise
     return loaded
 
 
-def _discard_temporaries(paths: Paths, lock: Lock, leftovers: Leftovers, *, is_new: bool) -> None:
+def discard_temporaries(paths: Paths, lock: Lock, leftovers: Leftovers, *, is_new: bool) -> None:
     """Delete the temporary files that earlier sessions left; see `Lock.left`. A new state has no such files.
 
     If these files are not known, list the directory to find them.

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+import msgspec
+
 from lab_state import _journal as journal
 from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
 from lab_state._log import Log
@@ -95,8 +97,13 @@ def present_files(paths: Paths, name: str, base: str, known: lookup.Fingerprint 
         first = 0
     elif follows is not None:
         first = follows.file.first
+    elif (there := _revision_in_history(paths, header.base)) is not None:
+        first = there
+    elif snapshot is not None and _names(paths, name, base):
+        # A crash during a checkpoint left the new snapshot beside this journal, and the history does not have the old one.
+        header, follows, first = msgspec.structs.replace(header, base=base), snapshot, snapshot.file.first
     else:
-        first = _revision_in_history(paths, header.base)
+        raise UnavailableError(f"the snapshot that {paths.journal} follows is missing, so its records cannot be kept")
     link = Link(paths.journal, found, journal_file(first, header.wall, header.base, header.salt))
     return [link] if follows is None else [follows, link]
 
@@ -122,16 +129,14 @@ def _moment(path: str, start: int, end: int) -> Moment:
         size *= 8
 
 
-def _revision_in_history(paths: Paths, base: str) -> int:
-    """Return the revision of a snapshot that is only in the history.
+def _revision_in_history(paths: Paths, base: str) -> int | None:
+    """Return the revision of a snapshot that is only in the history; `None` if it is not there."""
+    return next((file.first for file in sizes_in(paths.history) if file.is_snapshot and file.base == base), None)
 
-    Raises:
-        UnavailableError: It is not there.
-    """
-    for file in sizes_in(paths.history):
-        if file.is_snapshot and file.base == base:
-            return file.first
-    raise UnavailableError(f"the snapshot that {paths.journal} follows is missing, so its records cannot be kept")
+
+def _names(paths: Paths, name: str, base: str) -> bool:
+    """Return whether a checkpoint frame of the journal names a snapshot."""
+    return journal.scan(fs.read(paths.journal) or b"", name, paths.journal).names(base)
 
 
 def link_all(paths: Paths, links: list[Link], *, sync: bool, sync_parent: bool) -> bool:

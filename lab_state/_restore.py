@@ -1,0 +1,150 @@
+"""`restore_state`: an earlier moment of a state, as its new present or as another state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import NamedTuple
+
+from lab_state._clock import Clock, SystemClock
+from lab_state._codec import LoadedState, encode_snapshot
+from lab_state._expiry import resumed
+from lab_state._loading import Decoded, load, view_of
+from lab_state._log import Log
+from lab_state._past import At, check_at, generations, load_at
+from lab_state.config import Config
+from lab_state.exceptions import CorruptionError
+from lab_state.storage._history import History, Restoring, history_of
+from lab_state.storage._protocol import SnapshotSource, Storage
+
+_logger = Log(logging.getLogger("lab_state"))
+
+
+class Restored(NamedTuple):
+    """The result of `restore_state`.
+
+    Attributes:
+        revision: The revision of the restored state.
+        before: The revision of the state before a restore in place. `restore_state(name, storage, before, into=name)` undoes the
+            restore. `None` if the state before had no files, or could not be loaded. `None` also for a restore into another name.
+    """
+
+    revision: int
+    before: int | None
+
+
+async def restore_state(
+    name: str, storage: Storage, at: int | datetime, *, into: str, clock: Clock | None = None
+) -> Restored:
+    """Restore a state as it was at an earlier moment: in place, or as a new state.
+
+    Keys that have expired since the moment are not restored. Other keys keep their expiry times. The moment is found
+    as by `read_state`; so the restored changes may end before `at`.
+
+    With another name as `into`, the call makes a new state there, with the revision of the moment. The state `name` is only read,
+    and a manager may be running on it.
+
+    With the same name as `into`, the call restores in place. It works only while no manager runs on the state. The restored state
+    becomes a new revision, above all others. So a revision never comes to mean another change, and mirrors and readers go
+    on. The state before stays in the history, with `history=` or without, so `restore_state(name, storage, restored.before,
+    into=name)` undoes the restore. A state that cannot be loaded can be restored as well. On disk its files are kept in
+    `<name>.damaged-<time>/` until a person deletes them.
+
+    When the call returns, the restored state is durable. If the call raises an error, is cancelled or is killed, the state is
+    the old one or the restored one, and not a mixture. `list_generations` then shows which one. A second call makes one more revision.
+
+    The state is in memory up to three times during the call. Decoding blocks the event loop, as in `start()`. So call this
+    function in a script, or before a service starts.
+
+    Args:
+        name: The name of the state that has the moment.
+        storage: The storage that contains it: a `FileStorage` or an `S3Storage`.
+        at: The moment: a revision, or an aware `datetime`; see `read_state`.
+        into: The name of the restored state: the same name, or the name of a state that does not exist.
+        clock: A clock for tests. By default it is the clock of the machine.
+
+    Returns:
+        The revision of the restored state, and the one before.
+
+    Raises:
+        InvalidNameError: A name is out of bounds.
+        TypeError: A name is not a `str`, or `at` is neither an `int` nor a `datetime`.
+        ValueError: The moment is outside of the history, in a hole of it, or in the future, or has no time zone. The message names
+            the window, or the moments beside the hole. Or `into` is another state that exists. Nothing was changed.
+        LockedError: A manager runs on the state that would be replaced. Stop it first, in all processes that share the state.
+        CorruptionError: The generation that has the moment is damaged. Nothing was changed: restore another moment.
+        UnsupportedError: There is no such state, or the storage keeps no history, or a permission is missing, or a newer
+            version of lab_state wrote the state.
+        UnavailableError: The storage failed this time. See above for the state after that.
+    """
+    name, target = Config(name=name).name, Config(name=into).name
+    moment = check_at(at)
+    clock = clock or SystemClock()
+    history = history_of(storage)
+    if name != target:
+        return await _restore_new(name, storage, moment, history, target, clock)
+    await generations(history, name)  # without any file, not even the lock file is created
+    restoring = await history.restoring(name)
+    try:
+        return await _restore_in_place(name, storage, moment, history, restoring, clock)
+    finally:
+        await restoring.aclose()
+
+
+async def _restore_new(  # noqa: PLR0917 -- all are needed, and each means something else
+    name: str, storage: Storage, at: At, history: History, target: str, clock: Clock
+) -> Restored:
+    found = (await load_at(name, storage, at, clock.time())).state
+    session = await history.open_new(target)
+    try:
+        await session.checkpoint(_snapshot(found, found.revision, _time(found, clock), clock))
+    finally:
+        await session.aclose()
+    return Restored(found.revision, None)
+
+
+async def _restore_in_place(  # noqa: PLR0917 -- as above
+    name: str, storage: Storage, at: At, history: History, restoring: Restoring, clock: Clock
+) -> Restored:
+    found = (await load_at(name, storage, at, clock.time())).state
+    present: Decoded | None = None
+    is_damaged = False
+    try:
+        present = await load(name, storage)
+    except CorruptionError:
+        is_damaged = True
+    reached = [one.span.last.revision for one in await history.generations(name)]
+    revision = max(found.revision, await restoring.highest(), *reached) + 1
+    time, before = _time(found, clock), None
+    if present is not None and present.size:
+        revision, before = max(revision, present.state.revision + 1), present.state.revision
+        if present.state.time:
+            time = _time(present.state, clock)  # the state's own clock goes on
+    kept = await restoring.put(_snapshot(found, revision, time, clock), is_damaged=is_damaged)
+    if kept is not None:
+        _logger.warning("%s: the damaged files are kept in %s; delete them when they are no longer needed", name, kept)
+    return Restored(revision, before)
+
+
+def _time(state: LoadedState, clock: Clock) -> float:
+    """Return the time of a state now, in seconds since 1970; see `_expiry.resumed`."""
+    return resumed(state.time, state.wall, clock.time())[0]
+
+
+def _snapshot(state: LoadedState, revision: int, time: float, clock: Clock) -> SnapshotSource:
+    """Return a source of the snapshot of a restored state. Keys that have expired by `time` are left out.
+
+    It has no results of calls of other processes: the restored state is another one.
+    """
+    now = int(time * 1000)
+    view = {key: stored for key, stored in view_of(state).items() if state.expires.get(key, now + 1) > now}
+
+    async def slices() -> AsyncIterator[bytes]:
+        wall = int(clock.time() * 1000)
+        for part in encode_snapshot(view, revision, now, copy_loaded=False, wall=wall, versions=state.versions):
+            yield part
+            await asyncio.sleep(0)
+
+    return slices
