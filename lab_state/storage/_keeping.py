@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 
 from lab_state import _journal as journal
@@ -101,16 +101,18 @@ class KeptHistory:
             self._is_settled = self._keep(base, known)
 
     def keep_rest(self, base: str, known: lookup.Fingerprint | None) -> None:
-        """Do the same as `keep_early` before the snapshot is replaced, unless it is done.
+        """Do the same as `keep_early` before a checkpoint replaces the files, unless it is done.
 
         This is rare: the journal had no records at the time of `keep_early`, or a commit has replaced it. The worker for commits
         calls this.
         """
         if not self._is_settled:
             self.keep_early(base, known)
+        # The next journal has copies of all records that came after the view.
+        self._is_settled = True
 
     @contextlib.contextmanager
-    def replacing(self, base: str, known: lookup.Fingerprint | None, *, is_copied: bool) -> Iterator[None]:
+    def replacing(self, base: str, known: lookup.Fingerprint | None, *, is_copied: bool) -> Generator[None]:
         """Link the journal in use, with its snapshot, before the block replaces the journal. Do nothing if they are linked.
 
         The worker for commits calls this.

@@ -42,7 +42,12 @@ class Deletions(NamedTuple):
 
 def _replaced(sizes: Mapping[HistoryFile, int], in_use: InUse) -> list[StoredGeneration]:
     """Return the generations of a history without the one in use, the oldest first. It has links to files in use after a crash."""
-    return [one for one in grouped(sizes).generations if not _is_in_use(one, in_use)]
+    return sorted((one for one in grouped(sizes).generations if not _is_in_use(one, in_use)), key=_age)
+
+
+def _age(one: StoredGeneration) -> tuple[int, int, int]:
+    """Return a key that is smaller for an older generation. Two snapshots may have the same revision and the same time."""
+    return one.first, one.wall, max((file.wall for file in one.journals), default=0)
 
 
 def _is_in_use(one: StoredGeneration, in_use: InUse) -> bool:

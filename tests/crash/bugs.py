@@ -49,6 +49,7 @@ class Bug(NamedTuple):
         plans: With which calls failing.
         restart: Whether another process goes on after the first failure.
         first: Which of the plans is the first to be tried.
+        history_bytes: The most bytes of the history; without it, there is none.
     """
 
     apply: Callable[[Patch], None]
@@ -56,6 +57,7 @@ class Bug(NamedTuple):
     plans: Callable[[Recording], Iterable[Faults]] = no_faults
     restart: bool = False
     first: int = 0
+    history_bytes: int | None = None
 
 
 # Syncs that are missing

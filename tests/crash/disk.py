@@ -99,8 +99,35 @@ class Withdraw(NamedTuple):
     """A mark without an operation: earlier promises no longer hold, because the user is about to change files."""
 
 
+class Kept(NamedTuple):
+    """A mark without an operation: this version was acknowledged, and the history keeps it. The journal with this salt is in use."""
+
+    version: int
+    salt: str
+
+
+class LetGo(NamedTuple):
+    """A mark without an operation: the journal with this salt could not be linked into the history."""
+
+    salt: str
+
+
+class LetGoBefore(NamedTuple):
+    """A mark without an operation: the generations before this revision are pruned."""
+
+    revision: int
+
+
+class Wrong(NamedTuple):
+    """A mark without an operation: something has happened that no rule allows."""
+
+    text: str
+
+
+HistoryMark: TypeAlias = Kept | LetGo | LetGoBefore | Wrong
 Operation: TypeAlias = Create | Write | Truncate | Rename | Link | Unlink | Sync | SyncDirectory
-Entry: TypeAlias = Operation | Try | Ack | Withdraw
+Mark: TypeAlias = Try | Ack | Withdraw | HistoryMark
+Entry: TypeAlias = Operation | Mark
 
 
 class Fate(Enum):
@@ -232,14 +259,32 @@ def _parent(path: str) -> str:
     return str(PurePosixPath(path).parent)
 
 
+def inodes_of(state: Mapping[str, bytes | None]) -> dict[str, int]:
+    """Return an inode for each path. A file in a history is a second name of the file in use that has the same bytes.
+
+    No two snapshots and no two journals have the same bytes.
+    """
+    inodes = {path: inode for inode, path in enumerate(state)}
+    first = {data: path for path, data in state.items() if data and not is_kept(path)}
+    return {
+        path: inodes[first[data]] if is_kept(path) and (data := state[path]) in first else inodes[path]
+        for path in state
+    }
+
+
+def is_kept(path: str) -> bool:
+    """Return whether a file is in the history of a state."""
+    return _parent(path).endswith(".history")
+
+
 class Disk:
     """A disk on which operations go on, until it is asked what a crash would leave now."""
 
     def __init__(self, state: Mapping[str, bytes | None]) -> None:
-        """Begin with a state that is on the disk for sure. The inodes are numbered in the order of the paths, from 0."""
-        self._names = {path: inode for inode, path in enumerate(state)}
-        self._directories = {inode for inode, data in enumerate(state.values()) if data is None}
-        self._files = {inode: _File(data, b"") for inode, data in enumerate(state.values()) if data is not None}
+        """Begin with a state that is on the disk for sure. For the inodes, see `inodes_of`."""
+        self._names = inodes_of(state)
+        self._directories = {self._names[path] for path, data in state.items() if data is None}
+        self._files = {self._names[path]: _File(data, b"") for path, data in state.items() if data is not None}
         self._namings: list[_Naming] = []
         self._latest: dict[str, int] = {}
 

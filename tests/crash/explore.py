@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from disk import Ack, Disk, Entry, Operation, State, Try, Withdraw
+from chronicle import Chronicle, Promise, watching
+from disk import Ack, Disk, Entry, Kept, LetGo, LetGoBefore, Operation, State, Try, Withdraw, Wrong, inodes_of, is_kept
 from recorder import Faults, Recorder, determined, recording
 from recovery import MEMORY, Recovery, ViolationError
 from workloads import Workload, next_life
@@ -28,6 +29,7 @@ class Recording(NamedTuple):
         struck: How many entries there were when the first fault struck; 0 without one.
         counts: How many calls, syncs and writes there were.
         about: How to record it again.
+        promised: The versions that were in the history at the beginning; `None` without a history.
     """
 
     start: State
@@ -37,6 +39,7 @@ class Recording(NamedTuple):
     struck: int = 0
     counts: tuple[int, int, int] = (0, 0, 0)
     about: str = ""
+    promised: frozenset[Promise] | None = None
 
 
 def record(
@@ -50,6 +53,7 @@ def record(
     versions: list[Version] | None = None,
     stored: int = 0,
     now: int = 0,
+    history_bytes: int | None = None,
 ) -> Recording:
     """Run a workload on the real library and a real directory.
 
@@ -63,17 +67,27 @@ def record(
         versions: Every state that there ever was before.
         stored: Which of them `state` is.
         now: The clock, in seconds since the first application began.
+        history_bytes: The most bytes of the history; without it, there is none.
     """
+    promised = None
+    if history_bytes is not None:
+        promised = Chronicle(versions or [], frozenset()).all_moments(state or {})
     with tempfile.TemporaryDirectory(prefix="lab_state-", dir=MEMORY) as name:
         root = Path(name)
-        for path, data in (state or {}).items():
-            if data is None:
-                (root / path).mkdir()
-            else:
-                (root / path).write_bytes(data)
+        put(root, state or {})
         recorder = Recorder(root, faults)
-        world = World(root, recorder, seed, versions, stored=stored, now=now, dies=restart, beside=beside)
-        with determined(seed), recording(recorder):
+        world = World(
+            root,
+            recorder,
+            seed,
+            versions,
+            stored=stored,
+            now=now,
+            dies=restart,
+            beside=beside,
+            history_bytes=history_bytes,
+        )
+        with determined(seed), recording(recorder), watching(recorder):
             asyncio.run(_live(workload, world))
     return Recording(
         recorder.start,
@@ -83,7 +97,22 @@ def record(
         recorder.struck or 0,
         (recorder.calls, recorder.syncs, recorder.writes),
         f"{workload.__name__}, seed {seed}, {faults}, restart={restart}",
+        promised,
     )
+
+
+def put(root: Path, state: State) -> None:
+    """Put the files of a state into an empty directory, with its second names; see `inodes_of`."""
+    inodes = inodes_of(state)
+    made: dict[int, Path] = {}
+    for path, data in sorted(state.items(), key=lambda item: (is_kept(item[0]), item[0])):
+        if data is None:
+            (root / path).mkdir()
+        elif (first := made.get(inodes[path])) is not None:
+            (root / path).hardlink_to(first)
+        else:
+            (root / path).write_bytes(data)
+            made[inodes[path]] = root / path
 
 
 async def _live(workload: Workload, world: World) -> None:
@@ -148,6 +177,8 @@ class _Exploration:
         self._seen, self._recovery, self._recording = seen, recovery, recording
         self._dice, self._keep = dice, keep
         self._found: dict[bytes, int | str] = {}
+        promised = recording.promised
+        self._chronicle = None if promised is None else Chronicle(recording.versions, promised)
         self.result = Result()
 
     def run(self, limit: int, *, at_first: bool) -> None:
@@ -162,6 +193,11 @@ class _Exploration:
                 acked = entry
             elif isinstance(entry, Withdraw):
                 acked = None
+                if self._chronicle is not None:
+                    self._chronicle.withdraw()
+            elif isinstance(entry, Kept | LetGo | LetGoBefore | Wrong):
+                if self._chronicle is not None:
+                    self._chronicle.note(entry)
             else:
                 # What was promised meanwhile holds already, and what was tried meanwhile is not there yet.
                 if acked is not None and position >= self._recording.struck:
@@ -186,10 +222,13 @@ class _Exploration:
             found = self._found.get(key)
             if found is None:
                 found = self._found[key] = self._recover(state, key)
+            problem: str | None
             if isinstance(found, str):
                 problem = found
             elif found == acked.version or max(acked.version, acked.first) <= found <= tried:
-                continue
+                problem = None if self._chronicle is None else self._chronicle.problem(state)
+                if problem is None:
+                    continue
             else:
                 problem = f"version {found} was found, but {acked} was promised and {tried} tried"
             about = f"{self._recording.about}: crash behind {where[:200]}"

@@ -23,10 +23,10 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-from disk import Ack, Create, Entry, Link, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
+from disk import Create, Entry, Link, Mark, Rename, State, Sync, SyncDirectory, Truncate, Unlink, Write, inodes_of
 
 from lab_state import _codec, _journal, _outcomes
-from lab_state.storage import _directory, _file_start, _fs, _kept, _lookup, _new_journal
+from lab_state.storage import _directory, _file_start, _fs, _history_files, _keeping, _kept, _lookup, _new_journal
 
 NAME = "lab"
 DIRECTORY = "deep/states"
@@ -93,8 +93,8 @@ class Recorder:
         self.gate: Gate | None = None
         self.at_death: Callable[[], object] = lambda: None
         self._faults = faults or Faults()
-        self._full = self._dead = False
-        self._inodes = {path: inode for inode, path in enumerate(self.start)}
+        self._full = self._dead = self._failing = False
+        self._inodes = inodes_of(self.start)
         self._number = len(self.start)
         self._open: dict[int, str | int] = {}  # a path for a directory, else an inode
         self._positions: dict[int, int] = {}
@@ -103,9 +103,13 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
 
-    def mark(self, entry: Try | Ack | Withdraw) -> None:
+    def mark(self, entry: Mark) -> None:
         with self._lock:
             self.entries.append(entry)
+
+    def fail_the_next_sync(self) -> None:
+        with self._lock:
+            self._failing = True
 
     def die(self) -> None:
         """Die: from here on, every call of the process fails."""
@@ -207,9 +211,10 @@ class Recorder:
         with self._lock:
             self._alive(counts=True)
             self.syncs += 1
-            ok = self.syncs not in self._faults.syncs
-            if not ok:
+            ok = self.syncs not in self._faults.syncs and not self._failing
+            if self.syncs in self._faults.syncs:
                 self._strike()
+            self._failing = False
             self.entries.append(SyncDirectory(what, ok) if isinstance(what, str) else Sync(what, ok))
             if not ok:
                 _fail(errno.EIO)
@@ -335,7 +340,7 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
 
     with pytest.MonkeyPatch.context() as patch:
         recorder.urandom = _fs.os.urandom  # type: ignore[attr-defined]
-        for used in (_fs, _lookup, _directory, _kept):
+        for used in (_fs, _lookup, _directory, _kept, _history_files):
             patch.setattr(used, "os", recorder)
         patch.setattr(_fs, "aiofiles", SimpleNamespace(open=opened))
         yield recorder
@@ -359,7 +364,7 @@ def determined(seed: int | str) -> Iterator[None]:
         for module in (_fs, _journal, _codec):
             patch.setattr(module, "os", _Seeded(os, urandom=random.Random(f"{module.__name__} {seed}").randbytes))
         numbers = iter(range(10**12, 10**13))
-        for dated in (_file_start, _new_journal, _kept):
+        for dated in (_file_start, _new_journal, _kept, _keeping):
             patch.setattr(dated, "wall_now", lambda: next(numbers))
         patch.setattr(_outcomes, "_FIRST_PAUSE", 0.0)
         patch.setattr(_outcomes, "_LONGEST_PAUSE", 0.0)

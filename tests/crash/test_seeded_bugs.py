@@ -28,13 +28,13 @@ def recovery() -> Iterator[Recovery]:
 
 def violation(bug: Bug, recovery: Recovery) -> str | None:
     """Return the first violation."""
-    clean = record(bug.workload, 1)
+    clean = record(bug.workload, 1, history_bytes=bug.history_bytes)
     plans = list(bug.plans(clean))
     for faults in plans[bug.first :] + plans[: bug.first]:
         with pytest.MonkeyPatch.context() as patch:
             bug.apply(patch)
             try:
-                recording = record(bug.workload, 1, faults, restart=bug.restart)
+                recording = record(bug.workload, 1, faults, restart=bug.restart, history_bytes=bug.history_bytes)
             except (AssertionError, CorruptionError) as error:  # a process that goes on finds it already
                 return str(error)
             found = Explorer(recovery, at_first=True).explore(recording, LIMIT, 1).violations

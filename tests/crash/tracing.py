@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from disk import Ack, Create, Entry, Rename, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
+from disk import Ack, Create, Entry, Mark, Rename, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
 from explore import Recording
 from recorder import determined
 from workloads import WORKLOADS
@@ -217,7 +217,7 @@ class _Marks:
     def __init__(self) -> None:
         self._fd = os.open(MARKS, os.O_WRONLY)
 
-    def mark(self, entry: Try | Ack | Withdraw) -> None:
+    def mark(self, entry: Mark) -> None:
         os.write(self._fd, " ".join([type(entry).__name__, *map(str, entry)]).encode())
 
 

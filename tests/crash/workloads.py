@@ -325,6 +325,66 @@ async def large_values(world: World) -> None:
     await world.crash()
 
 
+async def generations(world: World) -> None:
+    """Write many checkpoints, some beside commits, with clean stops and kills in between."""
+    for life in range(3):
+        await world.start()
+        for number in range(3):
+            await world.set(f"key-{number}")
+            await world.flush()
+            async with world.held_up(world.checkpoint(), "sync", ".journal."):
+                await world.set("beside")
+                if number:
+                    await world.flush()
+            await world.flush()
+        await world.set("behind")
+        await world.flush()
+        await (world.crash() if life % 2 else world.stop())
+
+
+async def less_room(world: World) -> None:
+    """Keep many generations, and then fewer."""
+    for room in (1 << 30, 300):
+        world.limit_the_history(room)
+        await world.start()
+        for number in range(6):
+            await world.set(f"key-{number % 2}")
+            await world.flush()
+            await world.checkpoint()
+        await world.stop()
+
+
+async def given_up(world: World) -> None:
+    """Cut off a write, so that the journal is given up, behind some commits and beside a checkpoint. Then go on."""
+    await world.start()
+    for number in range(2):
+        await world.set(f"key-{number}")
+        await world.flush()
+        await world.set("given-up")
+        world.fail_the_next_sync()
+        await world.flush()
+        await world.set(f"behind-{number}")
+        await world.flush()
+        async with world.held_up(world.checkpoint(), "sync", ".json."):
+            await world.set("beside")
+            await world.flush()
+            await world.set("given-up")
+            world.fail_the_next_sync()
+            await world.flush()
+        await world.flush()
+        await world.checkpoint()
+    async with world.held_up(world.checkpoint(), "sync", ".journal."):  # it found no records yet
+        await world.set("beside")
+        await world.flush()
+        await world.set("given-up")
+        world.fail_the_next_sync()
+        await world.flush()
+    await world.crash()
+    await world.start()
+    await world.set("last")
+    await world.stop()
+
+
 async def steps(world: World) -> None:
     """Do a little of everything, short: for runs that are repeated with a fault at each call."""
     await world.start()
@@ -398,3 +458,19 @@ WORKLOADS: dict[str, Workload] = {
         steps,
     )
 }
+
+WITH_HISTORY: tuple[Workload, ...] = (
+    expiring,
+    checkpoints_beside_commits,
+    journals_written_beside_commits,
+    checkpoints_that_are_due,
+    clean_stops,
+    unclean_ends,
+    handed_over,
+    killed_again_and_again,
+    steps,
+    generations,
+    less_room,
+    given_up,
+)
+"""Those that are run with a history. In each of them, the acknowledged versions are the ends of records."""

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
-from disk import Ack, Try, Withdraw
+from disk import Ack, Kept, Mark, Try, Withdraw
 from recorder import DIRECTORY, NAME, Gate, Recorder
 
 from lab_state import Config, FileStorage, Manager, StorageError
 from lab_state._entries import Expiring
 from lab_state._flusher import Flusher
+from lab_state._journal import read_header
+from lab_state._periods import LONGEST_TTL
 from lab_state._state import State
 from lab_state._types import decode_value
 from lab_state.storage import _fs
@@ -64,7 +66,7 @@ class Beside(Enum):
 class Marks(Protocol):
     """Where the application says what it tries and what was acknowledged."""
 
-    def mark(self, entry: Try | Ack | Withdraw) -> None: ...
+    def mark(self, entry: Mark) -> None: ...
 
 
 def is_overdue(at: int, now: int) -> bool:
@@ -100,6 +102,7 @@ class World:
         now: int = 0,
         dies: bool = False,
         beside: Beside = Beside.HELD_UP,
+        history_bytes: int | None = None,
     ) -> None:
         """Touch nothing.
 
@@ -112,8 +115,10 @@ class World:
             now: The clock, in seconds since the first application began.
             dies: Whether the process dies when a call to the disk has failed.
             beside: When checkpoints are made.
+            history_bytes: The most bytes of the history; without it, there is none.
         """
         self.root = root
+        self._history_bytes = history_bytes
         self.dice = random.Random(seed)
         self.versions = list(versions or [Version(0, {}, {})])
         self._dies = dies
@@ -148,7 +153,8 @@ class World:
             self._is_new = False
             self._ack()
         config = Config(name=NAME, flush_interval=0 if write_through else None, stop_timeout=1e9)
-        manager = Manager(config, FileStorage(self.root / DIRECTORY), clock=self.clock, logger=QUIET)
+        storage = FileStorage(self.root / DIRECTORY, **self._keeping())
+        manager = Manager(config, storage, clock=self.clock, logger=QUIET)
         try:
             await manager.start()
         except StorageError:
@@ -158,6 +164,10 @@ class World:
         state = manager._core.state
         self._begin(manager.revision - bool(state.swept), held(state), state.now())
         await self.flush()
+
+    def _keeping(self) -> dict[str, Any]:
+        """Return the arguments for a history."""
+        return {} if self._history_bytes is None else {"history": LONGEST_TTL, "history_bytes": self._history_bytes}
 
     def _begin(self, revision: int, found: Contents, now: int) -> None:
         self._first = len(self.versions)
@@ -208,6 +218,15 @@ class World:
         for path in (directory, directory.parent):
             system.rmdir(str(path))
         self._put(files)
+
+    def limit_the_history(self, most_bytes: int) -> None:
+        """Set another limit for the history, from the next start on."""
+        self._history_bytes = most_bytes
+
+    def fail_the_next_sync(self) -> None:
+        """Let the next sync of a file or a directory fail."""
+        if self._recorder is not None:
+            self._recorder.fail_the_next_sync()
 
     def change_the_journal(self, size: int, data: bytes) -> None:
         """Overwrite the journal of a running manager in its place, as a user may do."""
@@ -403,6 +422,13 @@ class World:
         if self.latest == self._unpromised:
             return
         self._marks.mark(Ack(self.latest, self._first))
+        if self._history_bytes is not None:
+            self._marks.mark(Kept(self.latest, self._salt()))
+
+    def _salt(self) -> str:
+        """Return the salt of the journal in use; empty if there is none."""
+        path = self.root / DIRECTORY / f"{NAME}.journal"
+        return read_header(path.read_bytes(), NAME, str(path)).salt if path.exists() else ""
 
     async def checkpoint(self) -> None:
         """Make a checkpoint after the one that is under way: the flusher has one at a time."""

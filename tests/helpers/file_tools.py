@@ -273,3 +273,31 @@ class Kept:
         """Store the bytes. From now on, the journal must not be written."""
         self.bytes = self._path.read_bytes()
         self._disk.calls.clear()
+
+
+class Tmpfs:
+    """A small file system of its own; mounting it needs root."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __enter__(self) -> Path:
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", self.place],
+            check=True,
+            capture_output=True,
+        )
+        return self.place
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["umount", self.place], check=True)
+
+    @classmethod
+    def can_be_mounted_by_this_user(cls) -> bool:
+        """Return whether this user is root, and root may mount here."""
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                with cls(Path(place)):
+                    return True
+            except (OSError, subprocess.CalledProcessError):
+                return False

@@ -7,9 +7,7 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from file_tools import (
     SERVED,
     Disk,
     Kept,
+    Tmpfs,
     found,
     kinds,
     manager,
@@ -50,34 +49,6 @@ def test_a_file_size_limit(tmp_path: Path) -> None:
     }
     expected = {"before": "x" * 1000} | {f"full-{number}": "y" * 1000 for number in range(3)}
     assert asyncio.run(found(tmp_path / "state")) == expected
-
-
-class Tmpfs:
-    """A small file system of its own; mounting it needs root."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __enter__(self) -> Path:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", self.place],
-            check=True,
-            capture_output=True,
-        )
-        return self.place
-
-    def __exit__(self, *_: object) -> None:
-        subprocess.run(["umount", self.place], check=True)
-
-    @classmethod
-    def can_be_mounted_by_this_user(cls) -> bool:
-        """Return whether this user is root, and root may mount here."""
-        with tempfile.TemporaryDirectory() as place:
-            try:
-                with cls(Path(place)):
-                    return True
-            except (OSError, subprocess.CalledProcessError):
-                return False
 
 
 def fill(directory: Path) -> Path:

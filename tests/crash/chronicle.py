@@ -1,0 +1,235 @@
+"""What the history of a state must hold after a crash: each version that was acknowledged, unless a rule lets it go.
+
+The checks use only the files that a crash has left, and the formats. They share no code with the linking and the pruning.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from disk import HistoryMark, Kept, LetGo, LetGoBefore, State, Wrong
+from recorder import DIRECTORY, NAME, Recorder
+from world import Version
+
+from lab_state import CorruptionError
+from lab_state import _journal as journal
+from lab_state._codec import LoadedState, decode_snapshot, replay
+from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
+from lab_state.storage import _keeping, _pruning
+from lab_state.storage._generations import HistoryFile, moment_of_snapshot
+from lab_state.storage._keeping import KeptHistory
+from lab_state.storage._pruning import Deletions, InUse
+
+Promise = tuple[int, str]
+"""A version, and the salt of the journal in use when it was acknowledged."""
+
+
+class _Files(NamedTuple):
+    """The files that a crash has left.
+
+    Attributes:
+        snapshots: Those of the history and the one in use, by their bases.
+        journals: Those of the history and the one in use. The second value says whether it is in the history.
+    """
+
+    snapshots: dict[str, bytes]
+    journals: list[tuple[bytes, bool]]
+
+
+def _files(state: State) -> _Files:
+    snapshots: dict[str, bytes] = {}
+    journals: list[tuple[bytes, bool]] = []
+    for path, data in state.items():
+        name, parent = PurePosixPath(path).name, PurePosixPath(path).parent.name
+        is_kept = parent == f"{NAME}.history"
+        if data is None or not (is_kept or name in {f"{NAME}.json", f"{NAME}.journal"}):
+            continue
+        if name.endswith(".json"):
+            snapshots[journal.base_of(len(data), zlib.crc32(data))] = data
+        elif name.endswith(".journal"):
+            journals.append((data, is_kept))
+    return _Files(snapshots, journals)
+
+
+class Chronicle:
+    """The promises of a recording, and what must hold of each state that a crash leaves.
+
+    Attributes:
+        promised: The promises so far.
+    """
+
+    def __init__(self, versions: list[Version], promised: frozenset[Promise]) -> None:
+        self.promised: set[Promise] = set(promised)
+        self._versions = versions
+        self._wrong: str | None = None
+        self._known: dict[tuple[bytes | None, bytes], frozenset[int]] = {}
+        self._numbers: dict[int, list[int]] = {}
+        for number, version in enumerate(versions):
+            self._numbers.setdefault(version.revision, []).append(number)
+
+    def note(self, mark: HistoryMark) -> None:
+        """Note a promise, or an event that lets promises go."""
+        match mark:
+            case Kept(version, salt):
+                self.promised.add((version, salt))
+            case LetGo(gone):
+                self.promised = {(version, salt) for version, salt in self.promised if salt != gone}
+            case LetGoBefore(revision):
+                self.promised = {one for one in self.promised if self._versions[one[0]].revision >= revision}
+            case Wrong(text):
+                self._wrong = text
+
+    def withdraw(self) -> None:
+        self.promised = set()
+
+    def problem(self, state: State) -> str | None:
+        """Return what is wrong with a state that a crash has left; `None` if it is right."""
+        if self._wrong is not None:
+            return self._wrong
+        reached: set[int] = set()
+        for numbers, orphan, _ in self._moments(state):
+            if orphan is not None:
+                return orphan
+            reached |= numbers
+        lost = {version for version, _ in self.promised} - reached
+        return f"the versions {sorted(lost)} are in no generation" if lost else None
+
+    def all_moments(self, state: State) -> frozenset[Promise]:
+        """Return each version that can be reached, with the salt of its journal."""
+        return frozenset((number, salt) for numbers, _, salt in self._moments(state) for number in numbers)
+
+    def _moments(self, state: State) -> Iterator[tuple[frozenset[int], str | None, str]]:
+        """Yield the versions that each journal holds, what is wrong with it, and its salt."""
+        snapshots, journals = _files(state)
+        yield self._of(None, b""), None, ""  # the empty state, before the first record
+        for data in snapshots.values():
+            yield self._of(data, b""), None, ""
+        for data, is_kept in journals:
+            try:
+                scan = journal.scan(data, NAME, "journal")
+            except CorruptionError as error:
+                yield frozenset(), f"a journal is damaged: {error}", ""
+                continue
+            base, salt = scan.header.base, scan.header.salt
+            if base in {ANY_BASE, NO_BASE}:
+                yield self._of(None, data), None, salt
+            elif base in snapshots:
+                yield self._of(snapshots[base], data), None, salt
+            elif is_kept:
+                yield frozenset(), f"the snapshot {base} of a journal in the history is missing", salt
+            else:  # a checkpoint frame names the snapshot that is there
+                named = [one.payload.decode() for one in scan.frames if one.kind is FrameKind.CHECKPOINT]
+                for other in named:
+                    if other in snapshots:
+                        yield self._of(snapshots[other], data), None, salt
+
+    def _of(self, snapshot: bytes | None, data: bytes) -> frozenset[int]:
+        known = self._known.get((snapshot, data))
+        if known is None:
+            known = self._known[snapshot, data] = frozenset(
+                number for version in _versions(snapshot, data) for number in self._matching(version)
+            )
+        return known
+
+    def _matching(self, version: Version) -> Iterator[int]:
+        for number in self._numbers.get(version.revision, ()):
+            if self._versions[number] == version:
+                yield number
+
+
+def _versions(snapshot: bytes | None, data: bytes) -> Iterator[Version]:
+    """Yield the versions of a snapshot and of the records that follow it."""
+    frames = journal.scan(data, NAME, "journal").frames if data else ()
+    if frames and frames[0].kind is FrameKind.FULL:
+        snapshot = frames[0].payload
+    loaded = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, "snapshot")
+    yield _plain(loaded)
+    for frame in frames:
+        if frame.kind is FrameKind.RECORD:
+            loaded = replay(loaded, (frame.payload,), "journal")
+            yield _plain(loaded)
+
+
+def _plain(loaded: LoadedState) -> Version:
+    values = msgspec.json.decode(msgspec.json.encode(loaded.entries)) if loaded.entries else {}
+    return Version(loaded.revision, values, dict(loaded.expires))
+
+
+def salt_in_use(root: Path) -> str:
+    """Return the salt of the journal in use; empty if there is none."""
+    path = root / DIRECTORY / f"{NAME}.journal"
+    if not path.exists():
+        return ""
+    return journal.read_header(path.read_bytes(), NAME, str(path)).salt
+
+
+@contextmanager
+def watching(recorder: Recorder) -> Iterator[None]:
+    """Record the generations that could not be linked, those that are pruned, and a pruning that no rule allows."""
+    keep, choose = KeptHistory._keep, _pruning.deletions
+
+    def kept(self: KeptHistory, *args: Any, **kwargs: Any) -> bool:
+        before = self.failures
+        found = keep(self, *args, **kwargs)
+        if self.failures > before and not recorder.is_dead:
+            recorder.mark(LetGo(salt_in_use(recorder.root)))
+        return found
+
+    def chosen(
+        sizes: Mapping[HistoryFile, int], in_use: InUse, *, oldest: int, most_bytes: int, added: int
+    ) -> Deletions:
+        gone = choose(sizes, in_use, oldest=oldest, most_bytes=most_bytes, added=added)
+        allowed = _allowed(sizes, in_use, most_bytes, added)
+        if allowed:
+            recorder.mark(LetGoBefore(_first_left(allowed, sizes, in_use, recorder.root)))
+        if allowed != {*gone.journals, *gone.snapshots}:
+            recorder.mark(Wrong(f"{gone} was pruned, and not {allowed}"))
+        return gone
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeptHistory, "_keep", kept)
+        patch.setattr(_keeping, "deletions", chosen)
+        yield
+
+
+def _allowed(sizes: Mapping[HistoryFile, int], in_use: InUse, most_bytes: int, added: int) -> set[HistoryFile]:
+    """Return the files that the rules let go because of their size."""
+    kept = _generations(sizes, in_use)
+    allowed: set[HistoryFile] = set()
+    for _ in range(2 * added):
+        if sum(sizes[file] for files in kept for file in files) > most_bytes:
+            allowed |= kept.pop(0)
+    return allowed
+
+
+def _generations(sizes: Iterable[HistoryFile], in_use: InUse) -> list[set[HistoryFile]]:
+    """Return the files of each generation that is not in use, the oldest first."""
+    generations: dict[str, set[HistoryFile]] = {}
+    for file in sizes:
+        key = file.base if file.base not in {ANY_BASE, NO_BASE} else file.salt
+        generations.setdefault(key, set()).add(file)
+    kept = [files for key, files in generations.items() if key not in {in_use.base, in_use.salt}]
+    return sorted(kept, key=_age)
+
+
+def _age(files: set[HistoryFile]) -> tuple[int, int, int]:
+    """Return a key that is smaller for an older generation: its revision, its time, and the time of its journal."""
+    walls = [file.wall for file in files if file.is_snapshot]
+    later = [file.wall for file in files if not file.is_snapshot]
+    return min(file.first for file in files), min(walls or later), max(later, default=0)
+
+
+def _first_left(gone: set[HistoryFile], sizes: Iterable[HistoryFile], in_use: InUse, root: Path) -> int:
+    """Return the first revision that is left."""
+    left = _generations((file for file in sizes if file not in gone), in_use)
+    if left:
+        return min(file.first for file in left[0])
+    present = moment_of_snapshot((root / DIRECTORY / f"{NAME}.json").read_bytes())
+    assert present is not None
+    return present.revision

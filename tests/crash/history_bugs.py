@@ -1,0 +1,174 @@
+"""Bugs of the history that are put into the library, one at a time, to prove that the exploration finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import workloads
+from bugs import Bug
+
+from lab_state.storage import _fs, _history_files, _pruning
+from lab_state.storage._directory import Paths
+from lab_state.storage._generations import HistoryFile, StoredGeneration
+from lab_state.storage._keeping import KeptHistory
+from lab_state.storage._lookup import Fingerprint
+
+Patch = pytest.MonkeyPatch
+
+
+def linked_after_the_rename(patch: Patch) -> None:
+    """Link the files of a state only when they are replaced."""
+    rename = _fs.rename
+    keepers: list[KeptHistory] = []
+
+    def keep(self: KeptHistory, base: str, known: Fingerprint | None, *, sync: bool = False) -> bool:
+        keepers[:] = [self]
+        return True
+
+    def renamed(temporary: str, path: str) -> None:
+        rename(temporary, path)
+        for keeper in keepers:
+            really(keeper, "", None)
+
+    really = KeptHistory._keep
+    patch.setattr(KeptHistory, "_keep", keep)
+    patch.setattr(_fs, "rename", renamed)
+
+
+def _no_sync_of(patch: Patch, end: str) -> None:
+    sync = _fs.sync_directory
+    patch.setattr(_fs, "sync_directory", lambda path: None if path.endswith(end) else sync(path))
+
+
+def no_sync_of_the_links(patch: Patch) -> None:
+    """Replace files whose names in the history may be lost."""
+    _no_sync_of(patch, ".history")
+
+
+def no_sync_of_a_new_history(patch: Patch) -> None:
+    """Let the directory of the history itself be lost."""
+    make = _history_files._make
+
+    def made(paths: Paths, *, sync_parent: bool) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(_fs, "sync_directory", lambda path: None)
+            make(paths, sync_parent=sync_parent)
+
+    patch.setattr(_history_files, "_make", made)
+
+
+def journal_replaced_without_a_link(patch: Patch) -> None:
+    """Leave out the journals that rules 4, 6 and 8 replace."""
+
+    @contextmanager
+    def replacing(*_: Any, **__: Any) -> Generator[None]:
+        yield
+
+    patch.setattr(KeptHistory, "replacing", replacing)
+
+
+def journal_linked_without_its_snapshot(patch: Patch) -> None:
+    """Link the journal alone."""
+    present = _history_files.present_files
+    patch.setattr(_history_files, "present_files", lambda *args: present(*args)[-1:])
+
+
+def snapshot_linked_without_its_journal(patch: Patch) -> None:
+    """Link only the snapshot that a checkpoint replaces."""
+    present = _history_files.present_files
+    patch.setattr(
+        _history_files, "present_files", lambda *args: [one for one in present(*args) if one.file.is_snapshot]
+    )
+
+
+def records_behind_an_early_look_left_out(patch: Patch) -> None:
+    """Leave out a journal that had no records when the checkpoint looked at it, but has some when it is replaced."""
+    keep = KeptHistory._keep
+
+    def kept(self: KeptHistory, *args: Any, **kwargs: Any) -> bool:
+        keep(self, *args, **kwargs)
+        return True
+
+    patch.setattr(KeptHistory, "_keep", kept)
+
+
+def every_journal_taken_for_copied(patch: Patch) -> None:
+    """Leave out the journal in use, although the next one begins with the whole state."""
+    replacing = KeptHistory.replacing
+    patch.setattr(
+        KeptHistory, "replacing", lambda self, base, known, *, is_copied: replacing(self, base, known, is_copied=True)
+    )
+
+
+def snapshot_pruned_before_its_journal(patch: Patch) -> None:
+    """Delete the snapshot of a generation first."""
+    delete, waiting = _history_files.delete, list[HistoryFile]()
+
+    def deleted(directory: str, files: Iterable[HistoryFile]) -> None:
+        given = list(files)
+        if given and not given[0].is_snapshot:
+            waiting.extend(given)
+            return
+        delete(directory, given)
+        delete(directory, waiting)
+        waiting.clear()
+
+    patch.setattr(_history_files, "delete", deleted)
+
+
+def no_sync_between_a_journal_and_its_snapshot(patch: Patch) -> None:
+    """Delete both at once, so that a crash may keep the journal alone."""
+    prune = KeptHistory._prune
+
+    def pruned(self: KeptHistory) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(_fs, "sync_directory", lambda path: None)
+            prune(self)
+
+    patch.setattr(KeptHistory, "_prune", pruned)
+
+
+def newest_pruned_first(patch: Patch) -> None:
+    """Begin with the newest generation."""
+    replaced = _pruning._replaced
+
+    def reverse(sizes: Mapping[HistoryFile, int], in_use: _pruning.InUse) -> list[StoredGeneration]:
+        return replaced(sizes, in_use)[::-1]
+
+    patch.setattr(_pruning, "_replaced", reverse)
+
+
+def too_many_pruned(patch: Patch) -> None:
+    """Delete as many as it takes, at once."""
+    patch.setattr(_pruning, "_MOST_FOR_EACH", 1000)
+
+
+def one_too_many_pruned(patch: Patch) -> None:
+    """Delete one generation more than the rules allow."""
+    choose = _pruning._chosen
+
+    def chosen(kept: list[StoredGeneration], *args: Any) -> Iterator[StoredGeneration]:
+        found = list(choose(kept, *args))
+        yield from kept[: len(found) + 1]
+
+    patch.setattr(_pruning, "_chosen", chosen)
+
+
+BUGS = (
+    Bug(linked_after_the_rename, workloads.checkpoints_beside_commits, history_bytes=1 << 30),
+    Bug(no_sync_of_the_links, workloads.checkpoints_beside_commits, history_bytes=1 << 30),
+    Bug(no_sync_of_a_new_history, workloads.given_up, history_bytes=1 << 30),
+    Bug(journal_replaced_without_a_link, workloads.given_up, history_bytes=1 << 30),
+    Bug(journal_linked_without_its_snapshot, workloads.generations, history_bytes=1 << 30),
+    Bug(snapshot_linked_without_its_journal, workloads.generations, history_bytes=1 << 30),
+    Bug(records_behind_an_early_look_left_out, workloads.given_up, history_bytes=1 << 30),
+    Bug(every_journal_taken_for_copied, workloads.given_up, history_bytes=1 << 30),
+    Bug(snapshot_pruned_before_its_journal, workloads.generations, history_bytes=1500),
+    Bug(no_sync_between_a_journal_and_its_snapshot, workloads.generations, history_bytes=1500),
+    Bug(newest_pruned_first, workloads.generations, history_bytes=1500),
+    Bug(too_many_pruned, workloads.less_room, history_bytes=1 << 30),
+    Bug(one_too_many_pruned, workloads.generations, history_bytes=1500),
+)

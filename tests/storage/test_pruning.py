@@ -1,0 +1,116 @@
+"""Which generations of a history are deleted: those that are too old or too many, and never more than a few at once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab_state._journal import ANY_BASE, NO_BASE
+from lab_state.storage._generations import HistoryFile, journal_file, snapshot_file
+from lab_state.storage._pruning import Deletions, InUse, counted, deletions
+
+IN_USE = InUse("99-00000099", "f" * 16, 1000)
+NEVER = 0
+"""As `oldest`: no generation is too old."""
+
+
+def snapshot(number: int, *, wall: int | None = None) -> HistoryFile:
+    return snapshot_file(number, number if wall is None else wall, f"{number}-{number:08d}")
+
+
+def journal(number: int, salt: str = "", *, base: str | None = None) -> HistoryFile:
+    return journal_file(number, number, f"{number}-{number:08d}" if base is None else base, salt or f"{number:016x}")
+
+
+def files(*numbers: int) -> dict[HistoryFile, int]:
+    """Return generations of 30 bytes each: the first revision and the time of each one is its number."""
+    sizes = {snapshot(number): 10 for number in numbers}
+    return sizes | {journal(number): 20 for number in numbers}
+
+
+def gone(*numbers: int) -> Deletions:
+    return Deletions(tuple(map(journal, numbers)), tuple(map(snapshot, numbers)))
+
+
+@pytest.mark.parametrize(
+    ("oldest", "expected"),
+    [(0, ()), (2, ()), (3, (1,)), (4, (1, 2)), (1000, (1, 2, 3)), (1001, (1, 2, 3, 4))],
+)
+def test_a_generation_is_kept_until_the_next_one_is_too_old(oldest: int, expected: tuple[int, ...]) -> None:
+    """So each moment since then can be reached: the next one of the newest is the one in use."""
+    assert deletions(files(1, 2, 3, 4), IN_USE, oldest=oldest, most_bytes=None, added=9) == gone(*expected)
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "expected"), [(120, ()), (119, (1,)), (90, (1,)), (89, (1, 2)), (1, (1, 2, 3, 4))]
+)
+def test_the_oldest_generations_go_if_there_are_too_many_bytes(most_bytes: int, expected: tuple[int, ...]) -> None:
+    """The bytes of the generation in use do not count."""
+    sizes = files(1, 2, 3, 4) | {snapshot(99): 1000}
+    assert deletions(sizes, IN_USE, oldest=NEVER, most_bytes=most_bytes, added=9) == gone(*expected)
+
+
+@pytest.mark.parametrize(("added", "expected"), [(0, ()), (1, (1, 2)), (2, (1, 2, 3, 4))])
+def test_two_go_for_each_one_that_was_added(added: int, expected: tuple[int, ...]) -> None:
+    """A clock that was set forward by mistake does not empty the history."""
+    assert deletions(files(1, 2, 3, 4), IN_USE, oldest=10**15, most_bytes=1, added=added) == gone(*expected)
+
+
+def test_a_time_that_is_not_recorded_is_not_old() -> None:
+    """The generation before it stays."""
+    sizes = {snapshot(1): 1, snapshot(2, wall=0): 1, snapshot(3): 1}
+    assert deletions(sizes, IN_USE, oldest=5, most_bytes=None, added=9).snapshots == (snapshot(2, wall=0),)
+
+
+def test_a_snapshot_goes_with_all_its_journals() -> None:
+    """A journal that was copied after a crash has the same snapshot as the copy."""
+    copy = journal(1, "c" * 16)
+    found = deletions(files(1, 2) | {copy: 5}, IN_USE, oldest=3, most_bytes=None, added=1)
+    assert found == Deletions((journal(1), copy), (snapshot(1),))
+
+
+@pytest.mark.parametrize("base", [ANY_BASE, NO_BASE])
+def test_a_journal_without_a_base_is_a_generation(base: str) -> None:
+    """It needs no snapshot."""
+    sizes = {journal(1, base=base): 5, **files(2)}
+    assert counted(sizes, IN_USE) == (2, 35)
+    assert deletions(sizes, IN_USE, oldest=3, most_bytes=None, added=1) == Deletions((journal(1, base=base),), ())
+
+
+def test_a_journal_without_its_snapshot_goes() -> None:
+    """It cannot be read. No limit holds for it, and it is no generation."""
+    sizes = {journal(1): 5, **files(2)}
+    assert counted(sizes, IN_USE) == (1, 30)
+    assert deletions(sizes, IN_USE, oldest=NEVER, most_bytes=None, added=0) == Deletions((journal(1),), ())
+
+
+def test_the_files_in_use_stay() -> None:
+    """A crash may leave links to them: to the snapshot, to its journal, or to a journal that starts with the whole state."""
+    linked = {snapshot(99): 1, journal(99): 1, journal(9, "f" * 16, base=ANY_BASE): 1, journal(8, base=IN_USE.base): 1}
+    for file in linked:
+        assert deletions({file: 1}, IN_USE, oldest=10**15, most_bytes=1, added=9) == Deletions((), ())
+        assert counted({file: 1}, IN_USE) == (0, 0)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 50), max_size=12),
+    walls=st.lists(st.integers(0, 40), min_size=12, max_size=12),
+    oldest=st.integers(0, 60),
+    most_bytes=st.none() | st.integers(1, 200),
+    added=st.integers(0, 5),
+)
+def test_only_what_a_rule_lets_go_is_deleted(
+    sizes: list[int], walls: list[int], oldest: int, most_bytes: int | None, added: int
+) -> None:
+    """Each deleted generation is followed by an old one, or those that are not older have too many bytes."""
+    kept = {snapshot(number + 1, wall=walls[number]): size for number, size in enumerate(sizes)}
+    order = list(kept)
+    found = deletions(kept, IN_USE, oldest=oldest, most_bytes=most_bytes, added=added).snapshots
+    assert len(found) <= 2 * added
+    assert list(found) == [file for file in order if file in found]
+    for number, file in enumerate(order):
+        if file in found:
+            ended = order[number + 1].wall if number + 1 < len(order) else IN_USE.wall
+            rest = sum(size for other, size in kept.items() if other not in found or other.first >= file.first)
+            assert 0 < ended < oldest or (most_bytes is not None and rest > most_bytes)
