@@ -18,8 +18,9 @@ from typing import Literal, Protocol, Self, TypeAlias, TypeVar, get_args, runtim
 from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.storage._protocol import Reading, Recovery, SnapshotSource, Storage, StorageSession
 from lab_state.testing._conformance import StorageConformance
+from lab_state.testing._migrations import check_migrations
 
-__all__ = ["FaultyStorage", "ManualClock", "Moment", "Operation", "StorageConformance"]
+__all__ = ["FaultyStorage", "ManualClock", "Moment", "Operation", "StorageConformance", "check_migrations"]
 
 R = TypeVar("R")
 
