@@ -21,6 +21,7 @@ from world import QUIET, Clock, Contents, Version, abort, held, is_overdue
 
 from lab_state import Config, FileStorage, Manager
 from lab_state._codec import LoadedState, decode_snapshot, replay
+from lab_state._migrations import ANY
 from lab_state.storage import _file_start
 from lab_state.storage._file_start import open_writer
 from lab_state.storage._leftovers import Leftovers
@@ -157,7 +158,7 @@ class Recovery:
         clock = Clock()
         clock.advance(now)
         manager = Manager(
-            Config(name=NAME, flush_interval=None), FileStorage(self._directory), clock=clock, logger=QUIET
+            Config(name=NAME, flush_interval=None), FileStorage(self._directory), clock=clock, logger=QUIET, schema=ANY
         )
         await manager.start()
         state = manager._core.state

@@ -426,6 +426,29 @@ async def next_lives(world: World) -> None:
     await world.stop()
 
 
+async def migrations(world: World) -> None:
+    """Migrate the state at a start: after a clean end, after a kill, beside a journal that is handed over, and twice in a row."""
+    await world.start()
+    for number in range(5):
+        await world.set(f"key-{number}", ttl=10_000 if number % 2 else None)
+    await world.stop()
+    await world.migrate(2)
+    await world.set("key-5")
+    await world.flush()
+    await world.crash()
+    await world.migrate(3)
+    await world.crash()
+    await world.migrate(5)
+    await world.set("key-6")
+    await world.hand_over()
+    await world.migrate(6)
+    await world.checkpoint()
+    await world.set("key-7")
+    await world.stop()
+    await world.start()
+    await world.stop()
+
+
 async def next_life(world: World) -> None:
     """Do what a process does that finds what another one left: start, acknowledge more, and stop."""
     await world.start()

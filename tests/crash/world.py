@@ -10,16 +10,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import msgspec
 from disk import Ack, Kept, Mark, Try, Withdraw
 from recorder import DIRECTORY, NAME, Gate, Recorder
 
-from lab_state import Config, FileStorage, Manager, StorageError
+from lab_state import Config, FileStorage, Manager, MigrationDraft, Schema, StorageError
+from lab_state._draft import Draft
 from lab_state._entries import Expiring
 from lab_state._flusher import Flusher
 from lab_state._journal import read_header
+from lab_state._migrations import ANY
 from lab_state._periods import LONGEST_TTL
 from lab_state._state import State
 from lab_state._types import decode_value
@@ -146,15 +148,15 @@ class World:
 
     # Lifecycle
 
-    async def start(self, *, write_through: bool = False) -> None:
-        """Begin a process; the state that it finds must be one of the versions."""
+    async def start(self, *, write_through: bool = False, schema: Schema = ANY) -> None:
+        """Begin a process; the state that it finds must be one of the versions. By default it takes a state of any schema."""
         self._check_alive()
         if self._is_new:
             self._is_new = False
             self._ack()
         config = Config(name=NAME, flush_interval=0 if write_through else None, stop_timeout=1e9)
         storage = FileStorage(self.root / DIRECTORY, **self._keeping())
-        manager = Manager(config, storage, clock=self.clock, logger=QUIET)
+        manager = Manager(config, storage, clock=self.clock, logger=QUIET, schema=schema)
         try:
             await manager.start()
         except StorageError:
@@ -164,6 +166,35 @@ class World:
         state = manager._core.state
         self._begin(manager.revision - bool(state.swept), held(state), state.now())
         await self.flush()
+
+    async def migrate(self, version: int) -> None:
+        """Begin a process whose code has a newer schema: its start wraps some values, moves some keys and deletes one."""
+        schema = Schema(version)
+        for to in range(2, version):
+            schema.migration(to=to)(lambda _: None)
+
+        def change(draft: MigrationDraft) -> None:
+            base = cast("Draft", draft._core.state).base
+            self._begin(base.revision, held(base), base.now())
+            values, expires = self._copy()
+            for number, key in enumerate(draft.keys()):
+                value, at = values.pop(key), expires.pop(key, None)
+                to = key if number % 3 else f"{key}, version {version}"
+                if number % 3 == 2:
+                    draft.delete(key)
+                    continue
+                draft.move(key, to)
+                if number % 3:
+                    value = [version, value]
+                    draft.set(to, value)
+                values[to] = value
+                if at is not None:
+                    expires[to] = at
+            self._add(values, expires)
+
+        schema.migration(to=version)(change)
+        await self.start(schema=schema)
+        assert self.state._core.state.versions == (version, version)
 
     def _keeping(self) -> dict[str, Any]:
         """Return the arguments for a history."""
