@@ -27,6 +27,7 @@ from typing import Any
 import calls
 import durable
 import growth
+import history
 import hot
 import large
 import many
@@ -48,6 +49,7 @@ PARTS = [
     "hot",
     "handles",
     "durable",
+    "history",
     "large",
     "mirror",
     "values",
@@ -79,6 +81,8 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
         run((hot.hot_path if part == "hot" else hot.handles)(results, directory))
     elif part == "durable":
         run(durable.durable(results, directory, count, scale.rounds))
+    elif part == "history":
+        run(history.history(results, directory, scale))
     elif part == "large":
         run(large.large(results, directory, count))
     elif part == "mirror":

@@ -121,13 +121,13 @@ class Chronicle:
                 yield self._of(None, data), None, salt
             elif base in snapshots:
                 yield self._of(snapshots[base], data), None, salt
-            elif is_kept:
-                yield frozenset(), f"the snapshot {base} of a journal in the history is missing", salt
-            else:  # a checkpoint frame names the snapshot that is there
+            else:  # a checkpoint frame may name the snapshot that is there
                 named = [one.payload.decode() for one in scan.frames if one.kind is FrameKind.CHECKPOINT]
-                for other in named:
-                    if other in snapshots:
-                        yield self._of(snapshots[other], data), None, salt
+                follows = [snapshots[other] for other in named if other in snapshots]
+                if is_kept and not follows:
+                    yield frozenset(), f"the snapshot {base} of a journal in the history is missing", salt
+                for snapshot in follows:
+                    yield self._of(snapshot, data), None, salt
 
     def _of(self, snapshot: bytes | None, data: bytes) -> frozenset[int]:
         known = self._known.get((snapshot, data))
