@@ -10,7 +10,8 @@ import asyncio
 import importlib.util
 import os
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lab_state._clock import SystemClock
 from lab_state._periods import Seconds, check_history
@@ -22,8 +23,11 @@ from lab_state.storage.s3._time import Time
 
 if TYPE_CHECKING:
     from lab_state.storage._protocol import Reading
+    from lab_state.storage.s3._calls import S3History
     from lab_state.storage.s3._client import Requests
     from lab_state.storage.s3._session import S3Session
+
+R = TypeVar("R")
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{1,2046}[A-Za-z0-9]")
 _MOST_PREFIX_BYTES = 512
@@ -157,23 +161,30 @@ class S3Storage:
             UnsupportedError: There is no state of this name, the extra cannot be imported, the
                 bucket is missing, or a permission is missing. The message says which.
         """
+        return await self._run(name, _read_objects)
+
+    def _history(self) -> S3History:
+        from lab_state.storage.s3._calls import S3History  # noqa: PLC0415 -- few programs need it
+
+        return S3History(self._run)
+
+    async def _run(self, name: str, work: Callable[[Requests, Names], Awaitable[R]]) -> R:
+        """Call a function with new connections to the store, and with the names of a state."""
         # This is a separate task, as in `open`.
-        reading = asyncio.create_task(self._read(Names.of(self._bucket, self._prefix, name)))
+        working = asyncio.create_task(self._work(Names.of(self._bucket, self._prefix, name), work))
         try:
-            return await asyncio.shield(reading)
+            return await asyncio.shield(working)
         except BaseException:
-            reading.cancel()
-            await asyncio.shield(asyncio.create_task(_end(reading)))
+            working.cancel()
+            await asyncio.shield(asyncio.create_task(_end(working)))
             raise
 
-    async def _read(self, names: Names) -> Reading:
+    async def _work(self, names: Names, work: Callable[[Requests, Names], Awaitable[R]]) -> R:
         thread = S3Threads(names.name)
         try:
             store = await self._requests(thread)
-            from lab_state.storage.s3._read import read_objects  # noqa: PLC0415 -- see _import
-
             try:
-                return await read_objects(store, names)
+                return await work(store, names)
             finally:
                 await store.aclose()
         finally:
@@ -223,6 +234,12 @@ class S3Storage:
             return connect(self._session, self._config, self._endpoint_url, self._region_name, thread)
 
         return Requests(self._bucket, connecting, thread, self._time)
+
+
+async def _read_objects(store: Requests, names: Names) -> Reading:
+    from lab_state.storage.s3._read import read_objects  # noqa: PLC0415 -- see _import
+
+    return await read_objects(store, names)
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

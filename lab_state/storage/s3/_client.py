@@ -113,13 +113,18 @@ class Requests:
         self._bucket = bucket
         self._connecting = connecting
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._turn: tuple[asyncio.AbstractEventLoop | None, asyncio.Lock] = None, asyncio.Lock()
         self._unquoted = False
 
     async def _client(self) -> Client:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:  # the first request on this event loop
-            self._connected = await self._connecting()
-            self._loop = loop
+            if self._turn[0] is not loop:
+                self._turn = loop, asyncio.Lock()
+            async with self._turn[1]:
+                if self._loop is not loop:
+                    self._connected = await self._connecting()
+                    self._loop = loop
         return self._connected
 
     async def aclose(self) -> None:

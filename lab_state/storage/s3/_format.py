@@ -37,6 +37,9 @@ value is the size and the CRC-32 of that snapshot.
 
 OWN_BASE = "own"
 
+REMOVED = "labstateremoved"
+"""The metadata key of an object in the place of the snapshot of a state that was removed, and whose history was not."""
+
 KEPT = "labstatekept"
 """The metadata key for the number of the last record that belongs to a history; 0 if there is no history."""
 
@@ -192,6 +195,12 @@ def same_stamp(inside: Stamp | None, outside: Stamp | None, path: str) -> Stamp 
             path, 0, "its metadata belongs to another snapshot; restore a copy, with its metadata or without any"
         )
     return outside or inside
+
+
+def stamp_at_end(end: bytes) -> Stamp | None:
+    """Return the stamp in the last bytes of a snapshot; `None` if there is none. The checksum is not checked."""
+    found = _STAMPED.search(end, max(0, len(end) - _END_BYTES))
+    return None if found is None else Stamp(int(found[1]), int(found[2]))
 
 
 def stamp_in_body(data: bytes, path: str) -> Stamp | None:

@@ -22,7 +22,8 @@ import os
 import socket
 import uuid
 import zlib
-from typing import NamedTuple
+from collections.abc import Coroutine, Iterable
+from typing import Any, NamedTuple
 
 from lab_state._journal import NO_BASE, base_of
 from lab_state.exceptions import CorruptionError, UnsupportedError
@@ -34,6 +35,7 @@ from lab_state.storage.s3._format import (
     MOST_NUMBER,
     OWN_BASE,
     OWNER,
+    REMOVED,
     Names,
     Stamp,
     kept_in_metadata,
@@ -44,7 +46,7 @@ from lab_state.storage.s3._format import (
 )
 from lab_state.storage.s3._outcomes import NO_ETAG, WRITE_ID, NotOursError, ObjectInfo
 
-_AT_ONCE = 12
+AT_ONCE = 12
 _SAME_SNAPSHOT = 3
 
 
@@ -60,6 +62,7 @@ class Loaded(NamedTuple):
         records: The sizes of the records above `covered`, by number.
         recovery: The bytes of the snapshot and the records.
         kept: The number up to which the records belong to the history; `None` if it is not known.
+        is_removed: Whether the state was removed, and only its history was left.
     """
 
     etag: str | None
@@ -70,6 +73,7 @@ class Loaded(NamedTuple):
     records: dict[int, int]
     recovery: Recovery
     kept: int | None
+    is_removed: bool = False
 
 
 class Opened(NamedTuple):
@@ -182,7 +186,7 @@ async def numbers(store: Requests, names: Names, after: int) -> dict[int, int]:
     return {number: found[number] for number in sorted(found) if number > after}
 
 
-class _NumberedObject(NamedTuple):
+class NumberedObject(NamedTuple):
     """The content of the object with a number: a record or a fence.
 
     Attributes:
@@ -192,6 +196,40 @@ class _NumberedObject(NamedTuple):
 
     record: bytes | None
     base: str | None
+
+
+async def fetch(store: Requests, names: Names, wanted: list[int], into: dict[int, NumberedObject]) -> bool:
+    """Fetch the objects with these numbers, `AT_ONCE` at a time, unless they are there. Return False if one of them is missing.
+
+    Raises:
+        CorruptionError: One of them is damaged.
+        StorageError: See `Requests.get`.
+    """
+    left = iter([number for number in wanted if number not in into])
+    gone = False
+
+    async def some() -> None:
+        nonlocal gone
+        for number in left:
+            got = await store.get(names.record(number))
+            if gone or got is None:
+                gone = True
+                return
+            into[number] = _object(names, number, *got)
+
+    await together([some() for _ in range(min(AT_ONCE, len(wanted)))])
+    return not gone
+
+
+async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Await several coroutines at the same time. If one of them raises an error, cancel the others."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Loader:
@@ -208,7 +246,7 @@ class Loader:
         self._crc: int | None = None
         self._base = NO_BASE
         self._same = 0  # the number of failed loads since the snapshot was fetched
-        self._objects: dict[int, _NumberedObject] = {}  # a number is never used twice
+        self._objects: dict[int, NumberedObject] = {}  # a number is never used twice
 
     async def load(self) -> Loaded:
         """Load the whole state.
@@ -249,7 +287,9 @@ class Loader:
                 covered = min((number for number, size in listed.items() if size), default=last) - 1
                 listed = {number: size for number, size in listed.items() if number > covered}
             problem = gap(listed, covered, fence, names)
-            if problem is None and await self._fetch([number for number in listed if number != fence]):
+            if problem is None and await fetch(
+                store, names, [number for number in listed if number != fence], self._objects
+            ):
                 problem = self._misfit(listed)
                 if problem is None:
                     return self._loaded(covered, listed)
@@ -283,29 +323,6 @@ class Loader:
         if len(data) < LONG:
             return zlib.crc32(data)
         return await asyncio.get_running_loop().run_in_executor(self._store.thread, zlib.crc32, data)
-
-    async def _fetch(self, wanted: list[int]) -> bool:
-        """Fetch the objects with these numbers, `_AT_ONCE` at a time. Return False if one of them is missing."""
-        left = iter([number for number in wanted if number not in self._objects])
-        gone = False
-
-        async def fetch() -> None:
-            nonlocal gone
-            for number in left:
-                got = await self._store.get(self._names.record(number))
-                if gone or got is None:
-                    gone = True
-                    return
-                self._objects[number] = _object(self._names, number, *got)
-
-        fetching = [asyncio.create_task(fetch()) for _ in range(min(_AT_ONCE, len(wanted)))]
-        try:
-            await asyncio.gather(*fetching)
-        finally:
-            for task in fetching:
-                task.cancel()
-            await asyncio.gather(*fetching, return_exceptions=True)
-        return not gone
 
     def _misfit(self, listed: dict[int, int]) -> str | None:
         """Return a description of the problem if a record follows another snapshot; otherwise `None`.
@@ -347,6 +364,7 @@ class Loader:
             {number: size for number, size in listed.items() if size},
             Recovery(data, records, unsettled=False, dropped_bytes=0, crc32=self._crc),
             0 if found is None else kept_in_metadata(found.metadata),
+            found is not None and REMOVED in found.metadata,
         )
 
 
@@ -375,7 +393,7 @@ def gap(listed: dict[int, int], covered: int, fence: int | None, names: Names) -
     )
 
 
-def _object(names: Names, number: int, found: ObjectInfo, body: bytes) -> _NumberedObject:
+def _object(names: Names, number: int, found: ObjectInfo, body: bytes) -> NumberedObject:
     """Return the content of an object.
 
     Raises:
@@ -386,5 +404,5 @@ def _object(names: Names, number: int, found: ObjectInfo, body: bytes) -> _Numbe
     if not body:
         if WRITE_ID in found.metadata and OWNER not in found.metadata:
             raise CorruptionError(path, 0, "it is empty, and a record is never empty; restore a copy")
-        return _NumberedObject(None, None)
-    return _NumberedObject(unframe(names.name, number, body, path), found.metadata.get(BASE))
+        return NumberedObject(None, None)
+    return NumberedObject(unframe(names.name, number, body, path), found.metadata.get(BASE))
