@@ -11,7 +11,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from lab_state._clock import SystemClock
 from lab_state._periods import Seconds, check_history
@@ -23,11 +23,18 @@ from lab_state.storage.s3._time import Time
 
 if TYPE_CHECKING:
     from lab_state.storage._protocol import Reading
-    from lab_state.storage.s3._calls import S3History
+    from lab_state.storage.s3._calls import S3Catalog, S3History
     from lab_state.storage.s3._client import Requests
     from lab_state.storage.s3._session import S3Session
 
 R = TypeVar("R")
+
+
+class _Closeable(Protocol):
+    async def aclose(self) -> None: ...
+
+
+C = TypeVar("C", bound=_Closeable)
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{1,2046}[A-Za-z0-9]")
 _MOST_PREFIX_BYTES = 512
@@ -39,7 +46,7 @@ class _Claim:
     _held: ClassVar[dict[tuple[str, ...], _Claim]] = {}
 
     def __init__(self, endpoint_url: str | None, names: Names) -> None:
-        self.key = (endpoint_url or "", names.bucket, names.snapshot)
+        self.key = self.key_of(endpoint_url, names)
         self.pid = os.getpid()
         holder = self._held.get(self.key)
         if holder is not None and holder.pid == self.pid:  # a forked child inherits claims of its parent
@@ -50,6 +57,11 @@ class _Claim:
             error.place = self.key
             raise error
         self._held[self.key] = self
+
+    @staticmethod
+    def key_of(endpoint_url: str | None, names: Names) -> tuple[str, ...]:
+        """Return the place of a state; see `LockedError.place`."""
+        return endpoint_url or "", names.bucket, names.snapshot
 
     def release(self) -> None:
         """Release the claim. A second call does nothing, even if this process has claimed the state again since then."""
@@ -139,14 +151,7 @@ class S3Storage:
             UnsupportedError: The extra cannot be imported, the store ignores conditions, the
                 bucket is missing, or a permission is missing. The message says which.
         """
-        # A separate task opens the state. So the opening is undone completely, even if the caller is cancelled a second time.
-        opening = asyncio.create_task(self._open(Names.of(self._bucket, self._prefix, name)))
-        try:
-            return await asyncio.shield(opening)
-        except BaseException:
-            opening.cancel()
-            await asyncio.shield(asyncio.create_task(_let_go(opening)))
-            raise
+        return await self._opened(name, self._open_session)
 
     async def read(self, name: str) -> Reading:
         """Read the state without disturbing its writer; see `Storage.read`.
@@ -166,7 +171,12 @@ class S3Storage:
     def _history(self) -> S3History:
         from lab_state.storage.s3._calls import S3History  # noqa: PLC0415 -- few programs need it
 
-        return S3History(self._run)
+        return S3History(self._run, self._opened, self.open)
+
+    def _catalog(self) -> S3Catalog:
+        from lab_state.storage.s3._calls import S3Catalog  # noqa: PLC0415 -- likewise
+
+        return S3Catalog(self._run, self._opened, lambda name: Names.of(self._bucket, self._prefix, name))
 
     async def _run(self, name: str, work: Callable[[Requests, Names], Awaitable[R]]) -> R:
         """Call a function with new connections to the store, and with the names of a state."""
@@ -190,15 +200,21 @@ class S3Storage:
         finally:
             thread.shutdown(wait=False)
 
-    async def _open(self, names: Names) -> S3Session:
-        claim = _Claim(self._endpoint_url, names)
+    async def _opened(self, name: str, opening: Callable[[Requests, Names, Callable[[], None]], Awaitable[C]]) -> C:
+        """Claim a state, and call a function that opens it with new connections."""
+        # The opening is a separate task. So it is undone completely, even if the caller is cancelled a second time.
+        task = asyncio.create_task(self._open_claimed(Names.of(self._bucket, self._prefix, name), opening))
         try:
-            return await self._open_claimed(names, claim)
+            return await asyncio.shield(task)
         except BaseException:
-            claim.release()
+            task.cancel()
+            await asyncio.shield(asyncio.create_task(_let_go(task)))
             raise
 
-    async def _open_claimed(self, names: Names, claim: _Claim) -> S3Session:
+    async def _open_claimed(
+        self, names: Names, opening: Callable[[Requests, Names, Callable[[], None]], Awaitable[C]]
+    ) -> C:
+        claim = _Claim(self._endpoint_url, names)
         thread = S3Threads(names.name)
 
         def let_go() -> None:
@@ -206,24 +222,25 @@ class S3Storage:
             claim.release()
 
         try:
-            session = await self._open_with(names, await self._requests(thread), let_go)
+            store = await self._requests(thread)
+            try:
+                opened = await opening(store, names, let_go)
+            except BaseException:
+                await store.aclose()
+                raise
         except BaseException:
-            thread.shutdown(wait=False)
+            let_go()
             raise
-        session.place = claim.key
-        return session
+        store.is_opening = False
+        return opened
 
-    async def _open_with(self, names: Names, store: Requests, let_go: Any) -> S3Session:
+    async def _open_session(self, store: Requests, names: Names, let_go: Callable[[], None]) -> S3Session:
         from lab_state.storage.s3._open import open_state  # noqa: PLC0415 -- see _import
         from lab_state.storage.s3._session import S3Session  # noqa: PLC0415 -- likewise
 
-        try:
-            found = await open_state(store, names)
-            store.is_opening = False
-            return S3Session(store, names, found, let_go, self._limits)
-        except BaseException:
-            await store.aclose()
-            raise
+        session = S3Session(store, names, await open_state(store, names), let_go, self._limits)
+        session.place = _Claim.key_of(self._endpoint_url, names)
+        return session
 
     async def _requests(self, thread: S3Threads) -> Requests:
         await asyncio.get_running_loop().run_in_executor(thread, _import)
@@ -248,8 +265,8 @@ async def _end(task: asyncio.Task[Any]) -> None:
     _ = task.cancelled() or task.exception()  # otherwise asyncio would log the exception as never retrieved
 
 
-async def _let_go(opening: asyncio.Task[S3Session]) -> None:
-    """Wait for the end of a cancelled opening. If it opened a session, close the session."""
+async def _let_go(opening: asyncio.Task[C]) -> None:
+    """Wait for the end of a cancelled opening. If it opened a state, close it."""
     await asyncio.wait({opening})
     if not opening.cancelled() and opening.exception() is None:
         await opening.result().aclose()

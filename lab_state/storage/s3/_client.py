@@ -207,9 +207,33 @@ class Requests:
 
         page = await self._read(once, tries or self.tries("listing", prefix), LISTS)
         if page is None:
-            raise UnsupportedError(f"listing s3://{self._bucket}/{prefix} failed with 404: there is no such bucket")
+            raise self._no_bucket(prefix)
         sizes = {str(entry["Key"]): int(entry["Size"]) for entry in page.get("Contents", ())}
         return sizes, page.get("NextContinuationToken") if page.get("IsTruncated") else None
+
+    async def level(self, above: str) -> list[str]:
+        """Return the keys that begin with `above`. If a slash follows later in a key, return only the part up to it, once."""
+        found: list[str] = []
+        where: dict[str, Any] = {}
+        tries = self.tries("listing", above)
+
+        async def once(client: Client, _: Limit) -> dict[str, Any]:
+            return await client.list_objects_v2(
+                Bucket=self._bucket, Prefix=above, Delimiter="/", MaxKeys=_LISTED_AT_ONCE, **where
+            )
+
+        while True:
+            page = await self._read(once, tries, LISTS)
+            if page is None:
+                raise self._no_bucket(above)
+            found += [str(entry["Key"]) for entry in page.get("Contents", ())]
+            found += [str(entry["Prefix"]) for entry in page.get("CommonPrefixes", ())]
+            if not page.get("IsTruncated"):
+                return found
+            where["ContinuationToken"] = page.get("NextContinuationToken")
+
+    def _no_bucket(self, prefix: str) -> UnsupportedError:
+        return UnsupportedError(f"listing s3://{self._bucket}/{prefix} failed with 404: there is no such bucket")
 
     async def _read(
         self,

@@ -10,6 +10,8 @@
   conditions.
 * `<prefix>/<name>.history/<20 digits>-<wall>.json` are older snapshots. The digits are the
   number of the last record that the snapshot covers, and `wall` is its recorded time.
+* `<prefix>/<name>.damaged-<time>/` has the objects of a state that could not be loaded, and
+  was replaced by an earlier moment.
 """
 
 from __future__ import annotations
@@ -112,6 +114,10 @@ class Names(NamedTuple):
         """Return the older snapshot that has this key; `None` for another key."""
         found = _OLDER.fullmatch(key.removeprefix(self.history))
         return None if found is None else Older(int(found[1]), int(found[2]))
+
+    def damaged(self, wall: int) -> str:
+        """Return the beginning of the keys of a damaged state that was replaced at this time, in milliseconds since 1970."""
+        return f"{self.snapshot.removesuffix('.json')}.damaged-{wall}/"
 
     def url(self, key: str) -> str:
         """Return the URL of a key for messages: `s3://bucket/key`."""

@@ -47,7 +47,7 @@ class Part(NamedTuple):
     until: int | None
 
 
-class _Begin(NamedTuple):
+class Begin(NamedTuple):
     """The beginning of a generation: its snapshot, the number that it covers, its first moment, and the size of the snapshot."""
 
     older: Older | None
@@ -59,7 +59,7 @@ class _Begin(NamedTuple):
 class _InUse(NamedTuple):
     """The generation in use: its beginning, its last moment, and the number of bytes of its records."""
 
-    begin: _Begin
+    begin: Begin
     last: Moment
     size: int
 
@@ -94,9 +94,10 @@ async def _first_numbers(store: Requests, names: Names) -> dict[str, int]:
 async def _in_use(store: Requests, names: Names, present: ObjectInfo | None, *, has_older: bool) -> _InUse | None:
     """Return the generation in use; `None` if there is none, or if it is damaged, as far as its ends show."""
     try:
-        begin, listed = await _begin_in_use(store, names, present)
+        begin, listed = await begin_in_use(store, names, present)
         lost = gap(listed, begin.seq, None, names) is not None
-        if lost or (present is None and (has_older or not listed)):  # a start refuses records without their snapshot
+        # A start refuses records without their snapshot. Without any object, there is no state.
+        if lost or (present is None and has_older) or not (begin.size or listed):
             return None
         first, last = await _ends(store, names, begin, listed)
     except CorruptionError:
@@ -104,25 +105,26 @@ async def _in_use(store: Requests, names: Names, present: ObjectInfo | None, *, 
     return _InUse(begin._replace(first=first), last, sum(listed.values()))
 
 
-async def _begin_in_use(store: Requests, names: Names, present: ObjectInfo | None) -> tuple[_Begin, dict[int, int]]:
+async def begin_in_use(store: Requests, names: Names, present: ObjectInfo | None) -> tuple[Begin, dict[int, int]]:
     """Return the beginning of the generation in use, and the sizes of its records and fences, by number.
 
     Raises:
         CorruptionError: It is damaged, or the state was removed.
     """
     if present is None:
-        return _Begin(None, 0, Moment(0, 0), 0), await numbers(store, names, 0)
-    looked = await _look(store, names.snapshot) if present.size and REMOVED not in present.metadata else None
+        return Begin(None, 0, Moment(0, 0), 0), await numbers(store, names, 0)
+    looked = await _look(store, names.snapshot) if present.size else None
     if looked is None:
-        raise CorruptionError(names.url(names.snapshot), 0, "it has no state")
+        raise CorruptionError(names.url(names.snapshot), 0, "it is empty, or was deleted; restore a copy")
     moment, stamp = looked
     seq = 0 if stamp is None else stamp.seq
     listed = await numbers(store, names, seq)
-    if stamp is None and listed and min(listed) > 1:  # see `Loader`
+    if stamp is None and gap(listed, 0, None, names) is not None:  # see `Loader`
         seq = min((number for number, size in listed.items() if size), default=max(listed) + 1) - 1
         listed = {number: size for number, size in listed.items() if number > seq}
     # Without a moment, another program wrote the snapshot, and it is loaded as revision 0.
-    return _Begin(None, seq, moment or Moment(0, 0), present.size), listed
+    size = 0 if REMOVED in present.metadata else present.size
+    return Begin(None, seq, moment or Moment(0, 0), size), listed
 
 
 async def _look(store: Requests, key: str) -> tuple[Moment | None, Stamp | None] | None:
@@ -141,7 +143,7 @@ async def _look(store: Requests, key: str) -> tuple[Moment | None, Stamp | None]
     return None
 
 
-async def _ends(store: Requests, names: Names, begin: _Begin, listed: dict[int, int]) -> tuple[Moment, Moment]:
+async def _ends(store: Requests, names: Names, begin: Begin, listed: dict[int, int]) -> tuple[Moment, Moment]:
     """Return the first and the last moment of a generation, from its first and its last record.
 
     Raises:
@@ -190,43 +192,47 @@ async def _found(store: Requests, names: Names, kept: dict[Older, int], in_use: 
     return generations
 
 
-async def _begins(store: Requests, names: Names, kept: dict[Older, int], in_use: _Begin | None) -> list[_Begin]:
+async def _begins(store: Requests, names: Names, kept: dict[Older, int], in_use: Begin | None) -> list[Begin]:
     """Return the beginnings of the generations before the one in use, in order."""
     wanted = [older for older in sorted(kept) if in_use is None or older.seq < in_use.seq]
-    looked: dict[Older, _Begin] = {}
+    looked: dict[Older, Begin] = {}
     left = iter(wanted)
 
     async def some() -> None:
         for older in left:
             seen = await _look(store, names.kept(older))
             if seen is not None:
-                looked[older] = _Begin(older, older.seq, seen[0] or Moment(0, older.wall), kept[older])
+                looked[older] = Begin(older, older.seq, seen[0] or Moment(0, older.wall), kept[older])
 
     await together([some() for _ in range(min(AT_ONCE, len(wanted)))])
     begins = [looked[older] for older in wanted if older in looked]
     first = begins[0] if begins else in_use
     # The records that follow no snapshot are a generation, unless they are the one in use.
-    return [_Begin(None, 0, Moment(0, 0), 0), *begins] if first is None or first.seq else begins
+    return [Begin(None, 0, Moment(0, 0), 0), *begins] if first is None or first.seq else begins
 
 
 async def _past_generation(
-    store: Requests, names: Names, begin: _Begin, following: _Begin | None
+    store: Requests, names: Names, begin: Begin, following: Begin | None
 ) -> FoundGeneration | None:
     """Return a generation that is not in use; `None` for records that follow a snapshot which is missing."""
     listed = await _between(store, names, begin.seq, None if following is None else following.seq)
     end = reach(listed, begin.seq)
     whole = {number: size for number, size in listed.items() if number <= end}
-    first = last = begin.first
-    until = None
-    try:
-        if begin.older is None:
-            number = next((number for number, size in whole.items() if size), None)
+    if begin.older is None:
+        number = next((number for number, size in whole.items() if size), None)
+        try:
             if number is None or (await _record(store, names, number))[1] not in {None, NO_BASE}:
                 return None
-        first, last = await _ends(store, names, begin, whole)
-    except CorruptionError:
-        if begin.older is None:
+        except CorruptionError:
             return None
+    until = None
+    while True:
+        try:
+            first, last = await _ends(store, names, begin, whole)
+            break
+        except CorruptionError:  # the last record is damaged: end before it
+            end = max(number for number, size in whole.items() if size) - 1
+            whole = {number: size for number, size in whole.items() if number <= end}
     if following is not None and end >= following.seq and following.first.revision >= last.revision:
         last, until = following.first, following.first.revision
     size = begin.size + sum(whole.values())
@@ -273,7 +279,8 @@ async def read_generation(store: Requests, names: Names, generation: FoundGenera
     if is_gone or not await fetch(store, names, list(range(seq + 1, end + 1)), found):
         raise GoneError(f"{path} was pruned: list the generations again")
     records = [record for _, (record, _) in sorted(found.items()) if record is not None]
-    if until is not None:
+    last = moment_of_record(records[-1]) if records else None
+    if until is not None and (last is None or last.revision < until):
         records += await _records_beyond(store, names, end, until)
     return Reading(None if got is None else got[1], tuple(records), len(records), None, path)
 

@@ -64,7 +64,7 @@ class Keeper:
         A failure is logged and counted, and not raised.
         """
         try:
-            await self._keep(etag, seq)
+            await self.keep_or_raise(etag, seq)
         except StorageError as error:
             self._failures += 1
             _logger.error(  # noqa: TRY400 -- the message has everything
@@ -73,27 +73,42 @@ class Keeper:
                 error,
             )
 
-    async def _keep(self, etag: str, seq: int) -> None:
+    async def keep_or_raise(self, etag: str, seq: int) -> bool:
+        """Copy the present snapshot as `keep` does. Return whether the history has it.
+
+        Raises:
+            StorageError: It could not be copied.
+        """
         source = await self._store.get_end(self._names.snapshot, END_BYTES)
         if source is None or source[0].etag != unquoted(etag):
-            return  # another writer has replaced or deleted the snapshot, and the checkpoint will notice this
+            return False  # another writer has replaced or deleted it, and the checkpoint finds this out
         found, end = source
         moment = moment_of_snapshot(end)
         wall = moment.wall if moment is not None else 0
-        older = Older(seq, max(0, wall) or round(self._store.time.clock.time() * 1000))
+        older = Older(seq, max(0, wall) or self._now())
         kept = await self._listed()
         if older in kept:
-            return
-        target = self._names.kept(older)
+            return True
+        if not await self.copy(self._names.snapshot, found, self._names.kept(older)):
+            return False
+        at = bisect_left(kept, older)
+        kept.insert(at, older)
+        self._sizes.insert(at, found.size)
+        self._added += 1
+        return True
+
+    def _now(self) -> int:
+        return round(self._store.time.clock.time() * 1000)
+
+    async def copy(self, source: str, found: ObjectInfo, target: str) -> bool:
+        """Copy an object. Return False if the object is not `found` any longer.
+
+        Raises:
+            StorageError: It could not be copied.
+        """
         if await self._honours_conditions():
-            copied = await self._store.copy(self._names.snapshot, target, etag)
-        else:
-            copied = await self._copy_bytes(found, target)
-        if copied:
-            at = bisect_left(kept, older)
-            kept.insert(at, older)
-            self._sizes.insert(at, found.size)
-            self._added += 1
+            return await self._store.copy(source, target, found.etag)
+        return await self._copy_bytes(source, found, target)
 
     async def _honours_conditions(self) -> bool:
         """Return whether the store refuses a copy whose condition is not met. Test this only once."""
@@ -107,17 +122,17 @@ class Keeper:
                 self._honours = False
         return self._honours
 
-    async def _copy_bytes(self, source: ObjectInfo, target: str) -> bool:
-        """Copy the present snapshot with a GET and a PUT. Return False if the present snapshot is no longer `source`."""
-        got = await self._store.get_spooled(self._names.snapshot)
+    async def _copy_bytes(self, source: str, expected: ObjectInfo, target: str) -> bool:
+        """Copy an object with a GET and a PUT. Return False if the object is no longer `expected`."""
+        got = await self._store.get_spooled(source)
         if got is None:
             return False
         found, spool = got
         try:
-            if found.etag != source.etag:
+            if found.etag != expected.etag:
                 return False
             body = await spool.body()
-            # The copy has the write id of the snapshot. So if there is an earlier copy, perhaps of another session, the copy succeeds.
+            # The copy has the write id of the object. So if there is an earlier copy, perhaps of another session, the copy succeeds.
             metadata = {WRITE_ID: f"of {found.etag}", **found.metadata}
             await self._store.put(target, body, metadata, None)
         except NotOursError:
@@ -151,7 +166,7 @@ class Keeper:
         """
         kept = await self._listed()
         await self._count(covered)
-        now = round(self._store.time.clock.time() * 1000)
+        now = self._now()
         held = [Held(0, self._before)] if self._before else []
         held += [Held(older.wall, size) for older, size in zip(kept, self._sizes, strict=True)]
         number = to_prune(held, now, self._limits, now, self._added)

@@ -62,7 +62,7 @@ class Loaded(NamedTuple):
         records: The sizes of the records above `covered`, by number.
         recovery: The bytes of the snapshot and the records.
         kept: The number up to which the records belong to the history; `None` if it is not known.
-        is_removed: Whether the state was removed, and only its history was left.
+        is_removed: Whether the state was removed, and its history was left. Then there is no snapshot.
     """
 
     etag: str | None
@@ -102,7 +102,7 @@ async def open_state(store: Requests, names: Names) -> Opened:
     Raises:
         StorageError: See `Storage.open`.
     """
-    await _probe(store, names)
+    await probe(store, names)
     undeletable = await _undeletable(store, names)
     tries = store.tries("opening", names.snapshot)
     loader = Loader(store, names)
@@ -116,7 +116,7 @@ async def open_state(store: Requests, names: Names) -> Opened:
         await tries.pause("a change by another writer at the same time")
 
 
-async def _probe(store: Requests, names: Names) -> None:
+async def probe(store: Requests, names: Names) -> None:
     """Check that the store refuses a write whose condition is not met.
 
     Raises:
@@ -158,13 +158,14 @@ async def _fence(store: Requests, names: Names, covered: int) -> int | None:
     if listed and max(listed) >= fence:
         return None
     try:
-        await store.put(names.record(fence), Body.of(b""), {WRITE_ID: new_write_id(), OWNER: _owner()}, None)
+        await store.put(names.record(fence), Body.of(b""), {WRITE_ID: new_write_id(), OWNER: owner()}, None)
     except NotOursError:
         return None
     return fence
 
 
-def _owner() -> str:
+def owner() -> str:
+    """Return the name of this process for the metadata of its fence."""
     host = socket.gethostname().encode("ascii", "replace").decode()
     return f"{host} pid {os.getpid()}"
 
@@ -350,6 +351,9 @@ class Loader:
 
     def _loaded(self, covered: int, listed: dict[int, int]) -> Loaded:
         found, data = (None, None) if self._snapshot is None else self._snapshot
+        is_removed = found is not None and REMOVED in found.metadata
+        if is_removed:
+            data = None
         records = tuple(
             known.record
             for number in listed
@@ -364,7 +368,7 @@ class Loader:
             {number: size for number, size in listed.items() if size},
             Recovery(data, records, unsettled=False, dropped_bytes=0, crc32=self._crc),
             0 if found is None else kept_in_metadata(found.metadata),
-            found is not None and REMOVED in found.metadata,
+            is_removed,
         )
 
 

@@ -34,7 +34,7 @@ async def read_objects(store: Requests, names: Names) -> Reading:
         now = await store.head(names.snapshot)
         if (None if now is None else now.etag) == loaded.etag:
             snapshot, records, _, _, crc = loaded.recovery
-            if loaded.is_removed or (snapshot is None and not loaded.last):
+            if snapshot is None and loaded.last == loaded.covered:
                 raise UnsupportedError(f"there is no state at {path}: check the name, the prefix and the bucket")
             return Reading(snapshot, records, len(records), None, path, crc)
         await tries.pause("a change of the state while it was read")
