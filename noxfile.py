@@ -66,6 +66,7 @@ def s3_real(session: nox.Session) -> None:
         "tests/storage/test_s3_conformance.py",
         "tests/storage/test_s3.py",
         "tests/storage/test_s3_faults.py",
+        "tests/storage/test_s3_generations.py",
         "tests/storage/test_s3_history.py",
         "tests/storage/test_s3_opening.py",
         "tests/storage/test_s3_secrets.py",

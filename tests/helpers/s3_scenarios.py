@@ -878,7 +878,7 @@ async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6,
             if problems and stop:
                 return
 
-    real = _open._probe
+    real = _open.probe
 
     async def probe(store: Requests, names: Names) -> None:
         """Probe only in one of four worlds. A probe needs a quarter of the requests of an open, and has separate tests."""
@@ -887,7 +887,7 @@ async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6,
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(_session, "_MOST_RECORDS", 4))
-        stack.enter_context(replaced(_open, "_probe", probe))
+        stack.enter_context(replaced(_open, "probe", probe))
         await asyncio.gather(*(some() for _ in range(at_once)))
     return Outcome(problems, count)
 

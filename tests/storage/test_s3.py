@@ -617,14 +617,14 @@ async def test_a_checkpoint_begun_before_the_close_ends_well(bucket: Bucket) -> 
 async def test_an_open_that_is_cancelled_at_its_end(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """If an opening is cancelled when the session exists, the session is closed before the caller continues."""
     storage = bucket.storage()
-    begun = storage._open
+    begun = storage._open_session
 
     async def cancelled_after(*arguments: Any) -> Any:
         session = await begun(*arguments)
         outer.cancel()
         return session
 
-    monkeypatch.setattr(storage, "_open", cancelled_after)
+    monkeypatch.setattr(storage, "_open_session", cancelled_after)
     outer = asyncio.create_task(storage.open(NAME))
     with pytest.raises(asyncio.CancelledError):
         await outer

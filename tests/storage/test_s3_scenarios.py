@@ -96,7 +96,7 @@ BUGS: dict[str, list[Change]] = {
     ],
     "a gap is not noticed while loading": [
         (_open, "gap", "if len(listed) == end - covered", "if len(listed) <= end - covered"),
-        (Loader, "_fetch", "                if gone or got is None:\n                    gone = True\n                    return", "                if got is None:\n                    continue"),
+        (_open, "fetch", "            if gone or got is None:\n                gone = True\n                return", "            if got is None:\n                continue"),
         (Loader, "_look", "        if self._looked:\n", "        if self._looked:\n            return\n"),
     ],
     "the snapshot is not looked at again behind the fence": [
