@@ -44,10 +44,10 @@ class Interrupter:
     """Cancels the caller of an opening at one of its awaits, and once more when it has heard of the first."""
 
     def __init__(self, storage: S3Storage, at: int) -> None:
-        self._begun = storage._open
+        self._begun = storage._open_claimed
         self._at = at
         self._awaits = 0
-        storage._open = self._open  # type: ignore[assignment, method-assign]
+        storage._open_claimed = self._open  # type: ignore[assignment, method-assign]
         self.caller = asyncio.create_task(storage.open(NAME))
 
     async def _open(self, *arguments: Any) -> Any:
