@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lab_state._catalog import StateInfo, list_states, remove_state
 from lab_state._checking import Misfit
 from lab_state._clock import Clock, Timer
 from lab_state._copy import copy_state
@@ -82,12 +83,15 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Recovery",
     "Restored",
     "S3Storage",
+    "StateInfo",
     "StateView",
     "Storage",
     "StorageSession",
     "copy_state",
     "list_generations",
+    "list_states",
     "read_state",
+    "remove_state",
     "restore_state",
     # mirrors and their readers
     "Cache",

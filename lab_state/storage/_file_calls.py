@@ -1,4 +1,4 @@
-"""The history of a `FileStorage`, on the event loop. The blocking steps run in threads of the storage."""
+"""The history of a `FileStorage` and its list of states, on the event loop. The blocking steps run in threads of the storage."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from lab_state.storage._file_restore import (
     new_writer,
     restoring_writer,
 )
+from lab_state.storage._file_states import list_states, remove_state
 from lab_state.storage._file_writer import Writer
-from lab_state.storage._history import FoundGeneration
+from lab_state.storage._history import FoundGeneration, FoundState
 from lab_state.storage._keeping import Keeping
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._protocol import Reading, Recovery, SnapshotSource, StorageSession
@@ -90,6 +91,29 @@ class FileHistory:
         finally:
             given_up.set()
             thread.shutdown()
+
+
+class FileCatalog:
+    """The states in a directory; see `Catalog`."""
+
+    def __init__(self, directory: str, threads: Threads) -> None:
+        """Keep the settings of a storage."""
+        self._directory = directory
+        self._threads = threads
+
+    async def states(self) -> list[FoundState]:
+        """Return the states, sorted by name; see `Catalog.states`."""
+        return await self._run(list_states, self._directory)
+
+    async def remove(self, name: str, *, history: bool) -> None:
+        """Remove a state; see `Catalog.remove`. If the caller is cancelled, the removal goes on."""
+        await self._run(remove_state, self._directory, name, history=history)
+
+    async def _run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        thread = Worker(self._threads)
+        running = thread.submit(function, *args, **kwargs)
+        thread.shutdown()
+        return await waited(running)
 
 
 class FileRestoring:

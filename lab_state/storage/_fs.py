@@ -319,6 +319,12 @@ def discard(path: str) -> None:
         os.unlink(path)
 
 
+def delete(path: str) -> None:
+    """Delete a file, if it is there."""
+    with translated("deleting", path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 class TornWriteError(Exception):
     """A failed append could not be undone, or a sync failed. The file must never be written again."""
 

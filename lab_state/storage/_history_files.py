@@ -229,9 +229,7 @@ def delete(directory: str, files: Iterable[HistoryFile]) -> None:
         StorageError: A file cannot be deleted.
     """
     for file in files:
-        path = os.path.join(directory, format_name(file))
-        with translated("deleting", path), contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        fs.delete(os.path.join(directory, format_name(file)))
 
 
 def check_directory(paths: Paths) -> None:

@@ -46,7 +46,7 @@ from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._claim import SharedFiles
 from lab_state.storage._directory import Paths
-from lab_state.storage._file_calls import FileHistory, Settings
+from lab_state.storage._file_calls import FileCatalog, FileHistory, Settings
 from lab_state.storage._file_reader import read_files
 from lab_state.storage._file_start import load_writer, open_writer
 from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, Writer
@@ -159,6 +159,9 @@ class FileStorage:
     def _history(self) -> FileHistory:
         settings = Settings(self._directory, self._threads, self._tried, self._leftovers, self._keeping)
         return FileHistory(settings, self._start)
+
+    def _catalog(self) -> FileCatalog:
+        return FileCatalog(self._directory, self._threads)
 
     def _shared_files(self) -> SharedFiles:
         return SharedFiles(self._directory, self._threads, self._load, create=self._create)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import zlib
 from collections.abc import AsyncIterator
 
@@ -12,6 +13,7 @@ from lab_state._buffers import collect
 from lab_state._clock import wall_now
 from lab_state._journal import NO_BASE, FrameKind
 from lab_state.exceptions import LockedError, UnsupportedError
+from lab_state.storage._history import FoundState
 from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
 
 _MIN_CHECKPOINT_BYTES = 64 * 1024
@@ -58,6 +60,38 @@ class MemoryStorage:
         scan = None if data is None else journal.scan(data, name, path)
         records = journal.accept(scan, len(data or b""), _base(stored.snapshot), path).records
         return Reading(stored.snapshot, records, len(records), stored.session is not None, path)
+
+    def _catalog(self) -> MemoryCatalog:
+        return MemoryCatalog(self.places)
+
+
+class MemoryCatalog:
+    """The states of a `MemoryStorage`; see `Catalog`."""
+
+    def __init__(self, places: dict[str, StoredState]) -> None:
+        self._places = places
+
+    async def states(self) -> list[FoundState]:
+        """Return the states, sorted by name; see `Catalog.states`."""
+        return [
+            FoundState(
+                name,
+                len(stored.snapshot or b"") + len(stored.journal or b""),
+                0,
+                stored.session is not None,
+                None if stored.session is None else f"pid {os.getpid()}",
+            )
+            for name, stored in sorted(self._places.items())
+        ]
+
+    async def remove(self, name: str, *, history: bool) -> None:  # noqa: ARG002 -- there is no history
+        """Remove a state; see `Catalog.remove`."""
+        stored = self._places.get(name)
+        if stored is None:
+            raise UnsupportedError(f"there is no state at {_path(name)}: check the name and the storage")
+        if stored.session is not None:
+            raise LockedError(f"{name!r} is open in this MemoryStorage: stop its manager first")
+        del self._places[name]
 
 
 class MemorySession:
