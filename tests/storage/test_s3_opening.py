@@ -102,7 +102,7 @@ async def test_cancelled_twice_anywhere(bucket: Bucket) -> None:
         (_client, "Requests"),
         (_connect, "connect"),
         (_connect, "_made"),
-        (_open, "_probe"),
+        (_open, "probe"),
         (_open, "_object"),
         (_open, "_fence"),
         (_open, "Opened"),

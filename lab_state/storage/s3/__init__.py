@@ -215,8 +215,19 @@ class S3Storage:
         self, names: Names, opening: Callable[[Requests, Names, Callable[[], None]], Awaitable[C]]
     ) -> C:
         claim = _Claim(self._endpoint_url, names)
-        thread = S3Threads(names.name)
+        try:
+            return await self._open_in(S3Threads(names.name), names, opening, claim)
+        except BaseException:
+            claim.release()
+            raise
 
+    async def _open_in(
+        self,
+        thread: S3Threads,
+        names: Names,
+        opening: Callable[[Requests, Names, Callable[[], None]], Awaitable[C]],
+        claim: _Claim,
+    ) -> C:
         def let_go() -> None:
             thread.shutdown(wait=False)
             claim.release()
@@ -229,7 +240,7 @@ class S3Storage:
                 await store.aclose()
                 raise
         except BaseException:
-            let_go()
+            thread.shutdown(wait=False)
             raise
         store.is_opening = False
         return opened
