@@ -15,7 +15,7 @@ from lab_state.cache._mirror import MirrorWriter
 
 
 def told_of_commits(watchers: Watchers, mirror: MirrorWriter | None) -> Callable[[ChangeSet], bool]:
-    """Return a function that passes a commit to the watchers and the mirror. If the watchers raise an error, the mirror still gets it."""
+    """Return a function that passes a commit to the watchers, and then to the mirror, even if the watchers raise an error."""
     if mirror is None:
         return watchers.committed
 

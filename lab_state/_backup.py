@@ -25,7 +25,7 @@ from lab_state.storage._worker import Threads, Worker
 R = TypeVar("R")
 
 _LOOK_EVERY = 0.005
-"""The seconds between two checks whether a view is closed that does not belong to a checkpoint."""
+"""The seconds between two checks whether a view is closed. This is for views that do not belong to a checkpoint."""
 
 
 class Backups:
@@ -58,9 +58,7 @@ class Backups:
 
     def _ended(self, task: asyncio.Task[int]) -> None:
         self._tasks.discard(task)
-        _ = (
-            task.cancelled() or task.exception()
-        )  # otherwise asyncio logs an error that a cancelled caller does not take
+        _ = task.cancelled() or task.exception()  # otherwise asyncio logs the error if the caller was cancelled
 
     async def end(self) -> None:
         """Cancel the backups of this event loop, and wait until their views are closed."""
@@ -106,7 +104,7 @@ class BackedUp:
         backup is at the path.
 
         Args:
-            path: The path of the file, on this machine. Its directory must exist. The file may exist, and is replaced then.
+            path: The path of the file, on this machine. Its directory must exist. An existing file is replaced.
                 It must not be a file of a state, a directory, a link, or a device.
 
         Returns:

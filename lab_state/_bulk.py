@@ -87,7 +87,7 @@ async def run_in_steps(steps: Iterator[None], check: Callable[[], object]) -> No
 async def run_whole(steps: Generator[None, None, R]) -> R:
     """Run all steps, and return their result. The event loop runs between two steps.
 
-    If this is interrupted, as by the end of the event loop, run all other steps at once.
+    If the caller is interrupted, for example by the end of the event loop, run the remaining steps at once.
     """
     while True:
         try:

@@ -291,7 +291,7 @@ class Calls(Writing, Waits):
         return new
 
     def _whole(self, key: object, type_: Any) -> str:
-        """Return a key with the prefix before it. Check the key and the type, because this needs no owner."""
+        """Return a key with the prefix before it. Check the key and the type here, because these checks need no owner."""
         if type_ is not Any:
             check_type(type_)
         return check_key(self._full(key))

@@ -33,5 +33,5 @@ def misfit(key: str, value: Value, type_: Any) -> Misfit | None:
 
 
 def misfit_of(key: str, error: TypeMismatchError) -> Misfit:
-    """Return the reason of an error of `decode_value`."""
+    """Return the reason that an error of `decode_value` contains."""
     return Misfit(key, error.path, str(error).removesuffix(f" - at `{error.path}`"))

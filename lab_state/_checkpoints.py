@@ -106,7 +106,7 @@ class Checkpoints:
             await asyncio.wait({self.task})
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Note that the task has ended. If it was cancelled from outside, or raised an error, the checkpoint is due again."""
+        """Note that the task has ended. If other code cancelled it, or it raised an error, the checkpoint is due again."""
         if task.cancelled():
             self.due = True
         elif (problem := task.exception()) is not None:
@@ -116,8 +116,8 @@ class Checkpoints:
         """Write one checkpoint. A `StorageError` is not raised: the checkpoint is due again, and `Outcomes` gets the error.
 
         Args:
-            wait: Whether the manager goes on. Then the snapshot gets the followed mark, and its last slice waits until the
-                revision of the snapshot is durable.
+            wait: Whether the manager continues to run. Then the snapshot gets the followed mark, and its last slice waits
+                until the revision of the snapshot is durable.
         """
         self.due = False
         durable = self._outcomes.make_durable if wait else None

@@ -28,7 +28,7 @@ class Clock(Protocol):
         ...
 
     def monotonic(self) -> float:
-        """Return the seconds since some moment. The value never goes back."""
+        """Return the seconds since an arbitrary moment. The value never decreases."""
         ...
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:

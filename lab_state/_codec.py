@@ -9,16 +9,16 @@ Both formats are JSON, in version 1:
   The CRC-32 covers every byte before `,"crc32":"`: the user's keys and values, and the rest of the member.
   `id` is a new random text for each snapshot, so two snapshots of the same state have different bytes.
 
-`wall` is the time of the wall clock at the write. It tells people when a change was made. Nothing relies on its order:
-the clock may be set back. `expires` has the expiry times of keys. A snapshot without expiries has no such member. If
-any key of the state expires, there is one member more: `time` is the time of the state at the write. All times are in
-milliseconds since 1970. The next start continues from `time`, and adds the time that has passed on the wall clock
-since the write; see `_expiry.resumed`.
+`wall` is the time of the wall clock at the write. A later record may have an earlier time, because the clock may be set
+back. `expires` has the expiry times of keys. A snapshot without expiries has no such member. If any key of the state
+expires, there is also the member `time`: the time of the state at the write. All times are in milliseconds since 1970.
+The next start continues from `time`, and adds the time that has passed on the wall clock since the write; see
+`_expiry.resumed`.
 
-If the state has other versions than `FIRST_VERSIONS`, the members `schema` and `readable_by` have them, behind `wall`. A record
+If the state has other versions than `FIRST_VERSIONS`, they are in the members `schema` and `readable_by`, after `wall`. A record
 has both members only if it changes one of them.
 
-If there are results of calls that other processes made, the member `calls` has them (`shared/_results.py`).
+If there are results of calls that other processes made, they are in the member `calls` (`shared/_results.py`).
 A snapshot that a running manager writes has the member `"followed":true`; see `_journal.is_followed`.
 A snapshot in S3 has the members `seq` and `fence`, too (`storage/s3/_format.py`).
 """
@@ -59,7 +59,7 @@ Version: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The reserved member of a snapshot. Only a snapshot in S3 has `seq` and `fence`, the two numbers of its stamp.
 
-    Without `crc32`, a person has edited the snapshot.
+    If `crc32` is missing, a person has edited the snapshot.
     """
 
     format: int
@@ -158,7 +158,7 @@ def encode_record(taken: ChangeSet, calls: RecordCalls | None = None) -> Iterato
 
 
 def _end(versions: Versions | None, calls: RecordCalls | SnapshotCalls | None) -> bytes:
-    """Return the JSON of the members behind `wall`; no bytes if there are none."""
+    """Return the JSON of the members after `wall`; no bytes if there are none."""
     end = b"" if versions is None else b',"schema":%d,"readable_by":%d' % versions
     return end + _calls(calls) if calls else end
 
@@ -169,7 +169,7 @@ def _calls(calls: RecordCalls | SnapshotCalls) -> bytes:
 
 
 def _encode_small(changes: Mapping[str, StoredOrGone]) -> bytes | None:
-    """Return the JSON of the changes, encoded in one call. Return `None` if there are changes other than a few small values.
+    """Return the JSON of the changes, encoded in one call. Return `None` if they are not just a few small values.
 
     Most commits have only a few small values. For a hundred values, a single call saves 98 µs.
     """
@@ -192,7 +192,7 @@ def _encode_small(changes: Mapping[str, StoredOrGone]) -> bytes | None:
 
 
 def _copied(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterator[dict[str, Value]]:
-    """Yield the parts, after loaded values in `view` were replaced by copies. Empty parts divide the copy of a large value."""
+    """Replace loaded values in `view` by copies, and yield the parts. While a large value is copied, yield empty parts."""
     for part in parts:
         for key in part:
             stored = view[key]
@@ -291,7 +291,7 @@ def encode_snapshot(
 def _uncovered(
     view: dict[str, Stored] | Layer, revision: int, time: int, wall: int, *, copy_loaded: bool
 ) -> Iterator[bytes]:
-    """Yield a snapshot up to its member `wall`. The checksum covers these bytes, and the members behind `wall`."""
+    """Yield a snapshot up to its member `wall`. The checksum covers these bytes, and the members after `wall`."""
     opening = b"{"
     expires: dict[str, int] = {}
     parts = parts_of(view.items(), expires, [])
@@ -316,7 +316,7 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedSta
         crc: The CRC-32 of the bytes, if it is known.
 
     Raises:
-        CorruptionError: The bytes are no JSON object, or a snapshot was damaged or edited, or a key or value cannot be kept.
+        CorruptionError: The bytes are not a JSON object, or a snapshot was damaged or edited, or a key or value cannot be kept.
         UnsupportedError: A newer version of lab_state wrote the snapshot.
     """
     try:
@@ -344,7 +344,7 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedSta
 def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
     """Decode the reserved member of a snapshot, and check it against `crc`, the checksum of all bytes.
 
-    A person who edits a snapshot deletes the checksum alone. Then the result has the next revision: the edit is a change.
+    If only the checksum is missing, a person has edited the snapshot. The edit counts as a change, so the result has the next revision.
 
     Raises:
         CorruptionError: The member is damaged, or the checksum is wrong.
@@ -365,7 +365,7 @@ def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
             f"its member {RESERVED!r} is damaged; restore a copy. If it was edited by hand, delete the member: then no key "
             "expires, and revisions begin at 0",
         ) from None
-    is_edited = meta.crc32 is None and _ID.fullmatch(meta.id) is not None  # lost bytes hardly leave a whole id
+    is_edited = meta.crc32 is None and _ID.fullmatch(meta.id) is not None  # lost bytes rarely leave a whole id
     if is_edited and meta.format == FORMAT and 0 <= meta.revision < _LAST_REVISION:
         return msgspec.structs.replace(meta, revision=meta.revision + 1)
     # The member contains the checksum of all bytes before `,"crc32":"`. Continued over the rest, it must be `crc`.
@@ -376,7 +376,7 @@ def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
             path,
             0,
             "its checksum does not match its contents; restore a copy. If it was edited by hand, delete "
-            f'`,"crc32":"…"` at the end of its member {RESERVED!r}: the rest of the member then holds',
+            f'`,"crc32":"…"` at the end of its member {RESERVED!r}: the rest of the member stays valid',
         )
     return meta
 
@@ -426,7 +426,7 @@ def _why_not(value: Raw) -> str | None:
     except msgspec.ValidationError:  # no type was requested, so only a number can cause this error
         return "has a number that is out of range: larger than any float, or with too many digits; make it a string"
     except NOT_JSON:
-        return "is not valid JSON in UTF-8; mend it by hand"
+        return "is not valid JSON in UTF-8; correct it by hand"
     return f"has more than {MAX_DEPTH} levels of nesting; use fewer" if too_deep(bytes(value)) else None
 
 

@@ -1,4 +1,4 @@
-"""The object that a manager shares with its handles, and the order in which writers get their turn."""
+"""The object that a manager shares with its handles, and the order in which writers run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Port(Protocol):
 
         Args:
             seed: The `seed` of the attempt before, if it had one. The transaction can read only the keys of the seed,
-                and has their values from it.
+                and reads their values from it.
             is_repeated: Whether the caller repeats the transaction after a conflict, and passes its `seed`.
 
         Raises:
@@ -108,8 +108,8 @@ class CallCore:
 
     Attributes:
         name: The name of the state.
-        state: The state. The state of a manager is empty before `start()` and after `stop()`. So a
-            call that finds a key knows that the manager is running.
+        state: The state. The state of a manager is empty before `start()` and after `stop()`. So if
+            a call finds a key, the manager is running.
         transaction: The open transaction; `None` if there is none. Writers wait for its end.
         blocked: Whether a writer must call `turn` first: a transaction is open, no
             change can become durable, or an iterator of `items()` is open. Otherwise a writer

@@ -41,7 +41,7 @@ class Waiters:
         self.passive: list[Waiter] = []
 
     async def wait(self, waiters: list[Waiter], revision: int) -> None:
-        """Add the caller to a list, and wait for `settle`. Raise the error of `fail`. A caller that is cancelled leaves the list."""
+        """Add the caller to a list, and wait for `settle` or `fail`. Raise the error of `fail`. A cancelled caller is removed from the list."""
         future = asyncio.get_running_loop().create_future()
         waiters.append((revision, future))
         try:

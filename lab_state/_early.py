@@ -78,7 +78,7 @@ def _size(changes: dict[str, StoredOrGone], newest: int, *, timed: bool) -> int:
     if some <= 0:
         return 0
     keys = sum(map(len, islice(reversed(changes), some)))
-    # `getsizeof` includes the overhead of the object. This overhead stands for the punctuation around the value.
+    # `getsizeof` includes the overhead of the object. This overhead approximates the punctuation around the value.
     measure: Callable[[StoredOrGone], int] = _size_of if timed else getsizeof
     values = sum(measure(stored) for stored in islice(reversed(changes.values()), some))
     return (keys + values) * newest // some

@@ -41,7 +41,7 @@ class Expiring(Struct, frozen=True, gc=False):
     """A value with its expiry. When `State.now` has reached `at`, in milliseconds since 1970, the key no longer exists.
 
     The garbage collector does not track an `Expiring`. A tracked value would make the dict of the state
-    tracked as well. Then each full collection would look at every key.
+    tracked as well. Then each full collection would visit every key.
     """
 
     value: Value
@@ -68,7 +68,7 @@ StoredOrGone: TypeAlias = Stored | Literal[Absent.DELETED, Absent.EXPIRED]
 
 
 class Versions(NamedTuple):
-    """The versions that a state has, as its last writer gave them.
+    """The versions of a state, as its last writer set them.
 
     Attributes:
         schema: The version of the schema of the values, 1 or more.
@@ -197,7 +197,7 @@ class Overlay(Layer):
         self.base = self.view = view
 
     def fold(self, most: int) -> bool:
-        """Move `most` writes into the view. If more than half as many came since the last call, move twice the number that came.
+        """Move `most` writes into the view. If more than half as many were added since the last call, move twice the added number.
 
         Return whether any writes are left.
         """

@@ -41,7 +41,7 @@ from lab_state.shared._results import RecordCalls
 from lab_state.storage._protocol import HistoryFigures, StorageSession, figures_of
 
 _LAST_CHANCE = 0.5
-"""Seconds. `stop` tries a last commit this long before its deadline. If the event loop is ending, the close gets this long."""
+"""`stop` makes its last commit this many seconds before its deadline. If the event loop is ending, the session has as long to close."""
 
 
 class Flusher(Outcomes):
@@ -110,7 +110,7 @@ class Flusher(Outcomes):
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- it bounds the work, not the wait of the caller
         """Flush, write a checkpoint if there are records since the last one, and close the session.
 
-        Give up when there was no progress for `timeout` seconds. A flush that fails with an `UnavailableError`
+        Give up if there is no progress for `timeout` seconds. A flush that fails with an `UnavailableError`
         is repeated until `timeout` seconds after the call.
 
         Raises:
@@ -192,7 +192,7 @@ class Flusher(Outcomes):
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """End all waits when the task has ended. Waits for a durable revision succeed. The others get an error."""
+        """End all waits when the task has ended. A wait for a revision that is durable succeeds. All others raise an error."""
         problem = None if task.cancelled() else task.exception()
         what = (
             "was cancelled" if task.cancelled() else f"failed: {described(problem)}" if problem is not None else "ended"
@@ -215,7 +215,7 @@ class Flusher(Outcomes):
         lost = not self._all_durable
         cut_off = lost and task.cancelled() and not self._aborted and self._stop_error is None
         if cut_off:
-            what = f"was cut off by the end of the event loop: {self.unflushed_keys} changed keys may not be durable"
+            what = f"was cancelled at the end of the event loop: {self.unflushed_keys} changed keys may not be durable"
         error: LabStateError = UnavailableError(
             f"the {'last flush' if lost else 'flush task'} of {self._name!r} {what}"
         )
@@ -327,7 +327,7 @@ class Flusher(Outcomes):
         try:
             self._waiters.start_commit()
             started = self._clock.monotonic()
-            # `_under_way` holds the changes from before they are taken until they are durable. So an interrupt loses none.
+            # `_under_way` is set before the changes are taken, and reset when they are durable. So an interrupt loses no change.
             taken = self._under_way = self.state.untaken()
             self.state.take(taken)
             due = await self._write(taken, views)

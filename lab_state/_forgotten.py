@@ -24,7 +24,7 @@ class _Started(NamedTuple):
 
 
 _started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
-"""The states that were started in this process, by flusher. A flusher may live on after `stop()`."""
+"""The states that were started in this process, by flusher. A flusher may still exist after `stop()`."""
 
 
 def caller() -> str:
@@ -63,7 +63,7 @@ def forget(flusher: object) -> None:
 
 
 def started_here(name: str, storage: Storage, place: object) -> str:
-    """Return the end of a message: where this process started a state. If that is not known, return an empty text.
+    """Return the place where this process started a state, as the end of a message. If it is not known, return an empty text.
 
     A state is recognised by its storage object and its name, or by its place, if the storage
     has one. Two storages with the same `repr` may have different places. For example, a relative

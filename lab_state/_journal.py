@@ -14,7 +14,7 @@ has returned. So invalid bytes at the end, with no valid frame after them, are a
 was never acknowledged. If a valid frame follows invalid bytes, acknowledged data is damaged.
 
 A frame of the kind `E` ends a journal: every frame before it was synced. The next writer puts its first frame in
-the place of `E`. So bytes after an `E` are those of a torn frame, which begins where the `E` begins.
+the place of `E`. So bytes after an `E` belong to a torn frame whose beginning, in the place of the `E`, was not written.
 
 The WAL repair of etcd and `kPointInTimeRecovery` of RocksDB follow the same rule. But their writers
 may have several frames in flight, so they cannot always tell the two cases apart.
@@ -125,7 +125,7 @@ def base_of(size: int, crc: int) -> str:
 def is_followed(snapshot: bytes) -> bool:
     """Return whether a snapshot has the followed mark: a running manager wrote it, so records may follow it in a journal.
 
-    A person who deletes the checksum of the snapshot removes the mark with it.
+    In a snapshot whose checksum a person has deleted, the mark has no effect.
     """
     return _FOLLOWED.search(snapshot, max(0, len(snapshot) - _FOLLOWED_BYTES)) is not None
 
@@ -137,9 +137,9 @@ SNAPSHOT_END_BYTES = len(b',"crc32":"00000000"}}')
 
 
 def base_at_end(size: int, end: bytes) -> str | None:
-    """Return the `base_of` a snapshot, from its size and its last bytes. Return `None` if these are not the end of a snapshot.
+    """Return the base of a snapshot, from its size and its last bytes. Return `None` if these are not the end of a snapshot.
 
-    The checksum in these bytes is continued over them. So the result is wrong if the bytes before them are damaged.
+    The bytes before the end are not read. If they are damaged, the result is wrong; see `base_of`.
     """
     found = SNAPSHOT_END.search(end)
     return None if found is None else base_of(size, zlib.crc32(found[0], int(found[1], 16)))
@@ -225,7 +225,7 @@ def scan(data: bytes, name: str, path: str) -> Scan:
 def last_content(end: bytes, salt: str) -> Frame | None:
     """Return the last valid frame with a record or with the whole state in the last bytes of a journal; `None` if they have none.
 
-    Bytes after the frame are not looked at: they are an `END`, a checkpoint frame, a torn tail, or damaged.
+    Bytes after the frame are ignored: they are an `END`, a checkpoint frame, a torn tail, or damaged.
     """
     for match in reversed(list(_HEAD_BEHIND.finditer(end))):
         start = match.start() - 8
@@ -262,7 +262,7 @@ class FrameHead(NamedTuple):
 def read_start(data: bytes, name: str, path: str) -> tuple[Header, FrameHead | None]:
     """Return the header of a journal, and the start of the frame after it; `None` if there is none. See `read_header`.
 
-    The frame is not compared with its checksum.
+    The checksum of the frame is not verified.
     """
     header, position = _read_header(data, name, path)
     found = _FRAME.match(data, position)
@@ -319,7 +319,7 @@ def _known_kind(kind: bytes, position: int, path: str) -> FrameKind:
 def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
     """Return the offset of the first valid frame that starts at any byte from `position` on; `None` if there is none.
 
-    The search looks at each byte, not only at the start of a line. If the newline between two
+    The search tests each byte, not only the start of a line. If the newline between two
     frames is damaged, a search by lines would miss the second frame, which was acknowledged. A
     user's value may contain very many texts that look like the head of a frame. So all checksums
     are computed in one pass.
@@ -380,7 +380,7 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
     Args:
         found: The journal; `None` if there is none.
         size: The size of the journal in bytes, including a torn tail.
-        snapshot_base: The `base_of` the present snapshot; `NO_BASE` if there is no snapshot.
+        snapshot_base: The base of the present snapshot; `NO_BASE` if there is no snapshot.
         path: The file or object of the journal, for messages.
 
     Raises:
@@ -419,7 +419,7 @@ def check_followed(found: Scan | None, snapshot_base: str, path: str, *, is_foll
 
     Args:
         found: The journal; `None` if there is none.
-        snapshot_base: The `base_of` the snapshot; `NO_BASE` if there is no snapshot.
+        snapshot_base: The base of the snapshot; `NO_BASE` if there is no snapshot.
         path: The file or object of the journal, for messages.
         is_followed: Whether the snapshot has the followed mark.
 

@@ -17,7 +17,7 @@ from lab_state._state._contents import is_due
 
 
 class Live:
-    """The present entries of a state. Each call asks the state, because the state may replace its map."""
+    """The present entries of a state. Each call gets the map from the state, because the state may replace its map."""
 
     __slots__ = ("_state",)
 

@@ -39,7 +39,7 @@ async def load(name: str, storage: Storage) -> Decoded:
     Raises:
         TypeError: `storage` is not a storage, or has no method `read`.
         CorruptionError: Two consecutive readings found the same damage.
-        UnavailableError: Ten readings found damage, but no two in a row the same. A writer has probably changed the state meanwhile.
+        UnavailableError: Ten readings found damage, but never the same damage twice in a row. Probably a writer changed the state.
         StorageError: Reading failed; see `Storage.read`.
     """
     # A storage from another package may lack `read`, because a manager does not call it.

@@ -163,7 +163,7 @@ def is_adapter(type_: object) -> bool:
 
 
 def of_pydantic(type_: Any) -> bool:
-    """Return whether a type is from Pydantic, or has such a type in its parameters or metadata. Do not look at fields."""
+    """Return whether a type is from Pydantic, or has such a type in its parameters or metadata. Do not examine fields."""
     if isinstance(type_, type) and get_origin(type_) is None:
         return _is_of_pydantic(type_)
     metadata = getattr(type_, "__metadata__", ())

@@ -36,7 +36,7 @@ def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
     # The text of a `msgspec.DecodeError` of this decoder contains no value. The text of another error may contain one.
     where = str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
     byte = _BYTE.search(where)
-    return int(byte[1]) if byte else 0, f"it is not valid JSON ({_BYTE.sub('', where)}); mend it, or restore a copy"
+    return int(byte[1]) if byte else 0, f"it is not valid JSON ({_BYTE.sub('', where)}); correct it, or restore a copy"
 
 
 def _lone_surrogate(data: bytes) -> int | None:

@@ -63,8 +63,8 @@ def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tu
     Args:
         value: The value, which is refused itself.
         refused: The check. It is called with a part, or with a list or tuple of parts.
-        fields: Whether to look into objects whose class is not in `PLAIN`. Pass False if `refused` encodes the
-            parts: a model may write a field in another form than the field alone would have.
+        fields: Whether to examine the fields of objects whose class is not in `PLAIN`. Pass False if `refused` encodes
+            the parts: a model may write a field in another form than the field alone would have.
     """
     steps: list[str] = []
     while True:

@@ -1,4 +1,4 @@
-"""The moments of a state: which one a caller means, the generation that has it, and its content."""
+"""The moments of a state: the check of a moment, the search for the generation that contains it, and its content."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
 def _others(listed: list[FoundGeneration], at: At) -> list[FoundGeneration]:
     """Return the generations that have a revision, too, apart from the newest one. The newest comes first.
 
-    A snapshot has the revision with which the generation before it may end.
+    A generation may end at the revision of the next snapshot. Then both generations have that revision.
     """
     if isinstance(at, datetime):
         return []

@@ -79,7 +79,7 @@ class Plain(Handle):
         on_mismatch: OnMismatch = "raise",
     ) -> PlainItems[Any]:
         """Iterate over the keys that start with `prefix` and their values, all of one moment; see `Manager.items`."""
-        steps = self._calls._steps(prefix, after, limit, type, on_mismatch, reverse=reverse)  # noqa: SLF001 -- `Plain` and its calls are one object in two parts
+        steps = self._calls._steps(prefix, after, limit, type, on_mismatch, reverse=reverse)  # noqa: SLF001 -- `Plain` and its `Calls` belong together
         return PlainItems(steps, self._run, pause=self._may_wait)
 
     get: Final = plain(Calls.get)

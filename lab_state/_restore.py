@@ -28,7 +28,7 @@ class Restored(NamedTuple):
     Attributes:
         revision: The revision of the restored state.
         before: The revision of the state before a restore in place. `restore_state(name, storage, before, into=name)` undoes the
-            restore. `None` if the state before had no files, or could not be loaded. `None` also for a restore into another name.
+            restore. `None` if that state had no files, or could not be loaded. `None` also for a restore into another name.
     """
 
     revision: int
@@ -47,8 +47,8 @@ async def restore_state(
     and a manager may be running on it.
 
     With the same name as `into`, the call restores in place. It works only while no manager runs on the state. The restored state
-    becomes a new revision, above all others. So a revision never comes to mean another change, and mirrors and readers go
-    on. The state before stays in the history, with `history=` or without, so `restore_state(name, storage, restored.before,
+    becomes a new revision, above all others. So no revision is used for a second change, and mirrors and readers continue to
+    work. The previous state stays in the history, even without `history=`. So `restore_state(name, storage, restored.before,
     into=name)` undoes the restore. A state that cannot be loaded can be restored as well. On disk its files are kept in
     `<name>.damaged-<time>/` until a person deletes them.
 
@@ -66,7 +66,7 @@ async def restore_state(
         clock: A clock for tests. By default it is the clock of the machine.
 
     Returns:
-        The revision of the restored state, and the one before.
+        The revision of the restored state, and the revision before the restore.
 
     Raises:
         InvalidNameError: A name is out of bounds.

@@ -5,9 +5,9 @@ In a record or a call with many keys, there is a tab before each slice of a larg
     {"from":41,"to":42,"clear":false,"set":{\t"a":1,"b":2\t,"c":3\t},"delete":[\t],...}
 
 A tab between two members has no meaning in JSON. So each decoder reads the same text, with or without the tabs.
-`unsliced` uses the tabs: it decodes one slice after the other. It relies on nothing: if each slice is JSON, and so is the
-text without the slices, then the whole text is JSON with these contents. A tab inside of a value makes two slices that are no JSON,
-so they are joined.
+`unsliced` uses the tabs: it decodes one slice after the other. Its result is right for any text: if each slice is JSON, and so
+is the text without the slices, then the whole text is JSON with these contents. A tab inside of a value makes two slices that
+are not JSON, so they are joined.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Unsliced(NamedTuple):
 def unsliced(data: bytes | memoryview) -> Generator[None, None, Unsliced | None]:
     """Decode the slices of a text, and yield after each. Return `None` if the text was not written in slices.
 
-    The frame is not decoded here. Only if it is JSON, the text is JSON with these contents.
+    The frame is not decoded here. The text is JSON with these contents only if the frame is JSON.
     """
     frame: list[bytes] = []
     contents: list[Any] = []
@@ -181,7 +181,7 @@ def unsliced(data: bytes | memoryview) -> Generator[None, None, Unsliced | None]
 def _object(
     data: bytes | memoryview, start: int, decoder: msgspec.json.Decoder[Any]
 ) -> Generator[None, None, tuple[dict[str, Any], int] | None]:
-    """Decode the slices of an object. Return its content and the offset of its end; `None` if a slice is no JSON."""
+    """Decode the slices of an object. Return its content and the offset of its end; `None` if a slice is not JSON."""
     content: dict[str, Any] = {}
     while data[start : start + 1] != b"}":
         found = _slice(data, start, lambda text: decoder.decode(b"{%b}" % text), is_first=not content)

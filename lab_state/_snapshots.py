@@ -94,7 +94,7 @@ class SnapshotViews:
                 a commit the storage may have the whole snapshot in memory as well.
             has_results: Whether the snapshots have the results of calls of other processes. A backup has none,
                 because no process has sent a call to the state that is restored from it.
-            is_followed: Whether the snapshots get the followed mark, because the manager goes on after them.
+            is_followed: Whether the snapshots get the followed mark, because the manager continues to run.
         """
         self._state = state
         self._copy_loaded = copy_loaded

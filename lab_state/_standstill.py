@@ -12,7 +12,7 @@ _LOOKS = 8
 
 
 class Standstill:
-    """A watchdog that reads a number again and again. The number grows while the work makes progress.
+    """A watchdog that reads a number repeatedly. The number grows while the work makes progress.
 
     Attributes:
         reached: A future that is done when the number has not grown for `seconds`. It is never done earlier. If
@@ -64,7 +64,7 @@ class Progress:
         """Return a number that grows while bytes are encoded or written. If `written` fails, count only the slices."""
         try:
             return self._written() + self._slices
-        except Exception:  # noqa: BLE001 -- with a storage that breaks its promise, stop() must still end
+        except Exception:  # noqa: BLE001 -- stop() must end even if the storage violates its protocol
             return self._slices
 
     def count(self) -> None:

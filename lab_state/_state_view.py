@@ -21,8 +21,8 @@ class StateView(Reads):
     """A state as it was at one moment: a copy in memory that never changes.
 
     `read_state` makes a view. A view has the reading calls of a manager. The time of a view does not advance: it
-    is the time at the end of `read_state`. Keys that had expired by then are not in the view. All other keys
-    stay in the view. `expires_in` counts from the time of the view.
+    is the time of the call of `read_state`, or the moment `at`. Keys that had expired by then are not in the view.
+    All other keys stay in the view. `expires_in` counts from the time of the view.
 
     Attributes:
         revision: The number of the last change that the view contains.

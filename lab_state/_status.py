@@ -55,8 +55,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
             checkpoint that succeeds does not remove their error.
         snapshot_bytes: The size of the snapshot, in bytes.
         journal_bytes: The size of the journal that follows the snapshot, in bytes.
-        history_failures: The number of times since the start that older files could not be added to the history. Each leaves a hole, and
-            the log has the reason. 0 without a history.
+        history_failures: The number of times since the start that older files could not be added to the history. Each failure leaves a
+            hole, and the log has the reason. 0 without a history.
         history_generations: The number of generations in the history, without the one in use; `None` if the storage keeps no
             history. It is counted at the start and after each checkpoint.
         history_bytes: The number of bytes of these generations; `None` as above.
@@ -65,8 +65,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         fenced: Whether the manager has learned that a newer writer owns the state. Then nothing more
             becomes durable, and every write raises `FencedError`. End the process.
         task_failure: The task of the manager that ended before `stop()`, and the reason;
-            `None` while all tasks run. In a follower of a shared state, it is the error with which the
-            process has lost its state. Without its flush task a manager refuses every
+            `None` while all tasks run. In a follower of a shared state, it is the error because of which
+            the process has lost its state. Without its flush task a manager refuses every
             write with `UnavailableError`; `stop()` still flushes. Without the task of the
             mirror, the manager no longer updates the mirror.
         mirror: The health of the mirror in the cache; `None` if the manager has no cache.
@@ -156,7 +156,7 @@ def status_of_follower(phase: Phase, copy: State, failure: LabStateError | None,
         phase: The phase of the manager.
         copy: The copy of this process.
         failure: The error with which this process has lost its state; `None` if it has not.
-        mirror: The status of the mirror, which the owner feeds.
+        mirror: The status of the mirror, which the owner updates.
     """
     return Status(
         phase=phase,

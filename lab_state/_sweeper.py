@@ -83,7 +83,7 @@ class Sweeper:
         """Run the sweep that was put off, if there is one.
 
         This is called at the end of each transaction, before the next one begins. A sweep that waited for the timer
-        instead could meet an open transaction each time.
+        instead could find an open transaction each time.
         """
         if self._put_off:
             self._tick()

@@ -60,7 +60,7 @@ class Waits(Reads):
             WaitTimeoutError: The revision is not durable after `timeout` seconds; wait again.
                 The error is an `UnavailableError` and a `TimeoutError`.
             ValueError: There is no such revision yet, or the timeout is out of bounds. In a shared state, a
-                revision that does not exist yet is no error: another process may make it, so the call waits.
+                revision that does not exist yet is not an error: another process may make it, so the call waits.
             TypeError: The revision is not an `int`, or the timeout is not a number.
             RuntimeError: This is not the event loop of `start()`.
             FencedError: The revision will never be durable: a newer writer owns the state.

@@ -1,6 +1,6 @@
 """`Writing`: the calls that store and delete, and the steps that all writing calls share.
 
-`set` is the hot path: one Python frame when the value is a dict or a list. Rare cases (a new key,
+`set` is the hot path: it is one Python frame if the value is a dict or a list. Rare cases (a new key,
 the first change since a commit, a value with parts to check) are handled in separate functions,
 after one check.
 """

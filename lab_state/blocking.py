@@ -51,7 +51,7 @@ class Blocking(Plain):
 
     def __repr__(self) -> str:
         """Return the prefix and the name of the state."""
-        core, prefix = self._calls._core, self._calls._prefix  # noqa: SLF001 -- `Blocking` and its calls are one object in two parts
+        core, prefix = self._calls._core, self._calls._prefix  # noqa: SLF001 -- `Blocking` and its `Calls` belong together
         return f"<Blocking {prefix!r} of {core.name!r}>" if prefix else f"<Blocking of {core.name!r}>"
 
     def __len__(self) -> int:

@@ -94,9 +94,9 @@ class MigrationError(LabStateError):
     `Manager.start` raises it. If a migration raised an exception, that exception is the `__cause__`. Its text may contain values.
 
     Attributes:
-        migration: The version to which the migration leads that failed. If a value does not have its type: the last version.
-        key: The key of the value that does not have its type; `None` if the migration failed otherwise.
-        path: The JSON path to the part of that value; `$` is the value itself.
+        migration: The version that the failed migration leads to. If a value does not have its type: the last version.
+        key: The key of the value that does not have its type; `None` if the migration itself failed.
+        path: The JSON path to the wrong part of that value; `$` is the value itself.
     """
 
     def __init__(self, message: str, migration: int, key: str | None = None, path: str = "$") -> None:
@@ -113,7 +113,7 @@ class MigrationError(LabStateError):
 class ClosedError(LabStateError):
     """The manager or the reader is not running: use it between its start and its stop.
 
-    A call that is still at work when the manager is stopped may raise it, too.
+    A call that is still running when the manager is stopped may raise it, too.
     """
 
 

@@ -168,12 +168,12 @@ class Scope(Calls):
                 async with self._transaction(seed, is_repeated=is_repeated) as tx:
                     result = await _result_of(fn, tx, is_seeded=seed is not None)
             except ConflictError as error:
-                assert tx is not None  # no transaction begins with a conflict
-                core = tx._core  # noqa: SLF001 -- the handle and its transactions are one object in several parts
+                assert tx is not None  # the beginning of a transaction raises no `ConflictError`
+                core = tx._core  # noqa: SLF001 -- the handle and its transactions belong together
                 found = core.seed
                 if not core.has_conflict and not isinstance(error, _NotDurableError):
                     raise  # a transaction that `fn` has opened elsewhere raised it
-                # An attempt with a seed that ends without another one needs more than the seed has.
+                # If an attempt with a seed brings no new seed, `fn` reads more than a seed contains. Then use no further seed.
                 is_repeated = is_repeated and (seed is None or found is not None)
                 seed = found if is_repeated else None
             else:
@@ -229,7 +229,7 @@ class Namespace(Scope):
 
 
 class _NotDurableError(ConflictError):
-    """The function of a transaction has raised an error, and may have done so because of values that are not durable."""
+    """The function of a transaction has raised an error. Values that are not durable may be the cause."""
 
 
 async def _result_of(fn: Callable[[Transaction], Any], tx: Transaction, *, is_seeded: bool) -> Any:

@@ -103,7 +103,7 @@ class Manager(Scope, BackedUp):
                 value and no credential is logged. If the logger raises an error, a message of level WARNING or ERROR goes to stderr.
             clock: A clock for tests; by default the clock of the machine. If the clock raises an error in this call or during
                 `start()`, that call raises it. Later, only the first error is logged. As long as the clock raises errors,
-                its last time is used.
+                the last time that it returned is used.
             on_fenced: A plain function that takes the `FencedError`. It is called on the event loop when the manager learns that
                 a newer writer owns the state. This may happen during `stop()`, too. The function is called at most once for each
                 `start()`. Use it to end the process: `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
@@ -188,10 +188,10 @@ class Manager(Scope, BackedUp):
         If another writer holds a state that is not shared, the call tries again for `Config.lock_timeout` seconds. While it
         waits, a message at level WARNING names that writer, at once and then about every 10 s.
 
-        If the schema of the manager is newer than the state, all migrations run on one draft, each value is checked against the
-        types of the schema, and one commit makes the change durable. Or the state stays as it is, in memory and in the storage.
-        This blocks the event loop, for about as long as two loads with each migration. The log shows the progress. The
-        migration is not repeated after a crash that comes later.
+        If the schema of the manager is newer than the state, all migrations run on one draft. Then each value is checked against
+        the types of the schema, and one commit makes the change durable. If a migration or a check fails, the stored state stays
+        as it was. Each migration blocks the event loop for about the time of two loads. The log shows the progress. A start after
+        the commit does not repeat the migration.
 
         In a shared state, the call waits until this process is the owner, or follows the owner. While the owner loads the
         state, the call waits without a limit.
@@ -305,12 +305,12 @@ class Manager(Scope, BackedUp):
     async def stop(self) -> None:
         """Flush, write a checkpoint, and release the state.
 
-        The call continues while bytes are written or sent. It ends after `Config.stop_timeout` seconds without progress, or
-        up to an eighth of that time later. A flush that fails with `UnavailableError` is tried again until that many seconds
-        after the call of `stop()`. A storage call that hangs continues after the end of `stop()`, and the state stays locked
-        until the storage call ends. At the end,
-        `stop()` sends the last changes to the cache, for at most one second. A second call waits for the end of the first call. A
-        call before `start()` does nothing. If the caller is cancelled, the stop continues.
+        The call continues while bytes are written or sent. It gives up after `Config.stop_timeout` seconds without progress, or
+        at most an eighth of that time later. A flush that fails with `UnavailableError` is tried again until that many seconds
+        after the call of `stop()`. A storage call that hangs continues after `stop()` has given up, and the state stays locked
+        until the storage call ends. At the end, `stop()` sends the last changes to the cache, for at most one second. A second
+        call waits for the end of the first call. A call before `start()` does nothing. If the caller is cancelled, the stop
+        continues.
 
         In a shared state, a follower waits for the answers to its calls, for at most `Config.stop_timeout` seconds, and writes
         nothing. If there is no owner, the follower becomes the owner first. So the last process that stops writes the checkpoint.
@@ -332,7 +332,7 @@ class Manager(Scope, BackedUp):
         if self._phase == "running" and flusher is not None:
             flusher.move()
             self._phase = "stopping"
-            # From here on, new calls see an empty, closed state. Calls that already run keep the loaded state.
+            # From here on, new calls see an empty, closed state. Calls that are already running use the loaded state.
             if self._sweeper is not None:
                 self._sweeper.stop()
             self._watchers = self._core.close(State(self._clock.monotonic))
@@ -418,7 +418,7 @@ class Manager(Scope, BackedUp):
                 durable_revision=flusher.durable_revision,
                 mirror=self._ended.mirror,
             )
-        if self._core.is_open:  # otherwise the fork was in the middle of a start
+        if self._core.is_open:  # otherwise the parent was forked during its start
             if self._sweeper is not None:
                 self._sweeper.stop()
             if mirror is not None:
@@ -446,7 +446,7 @@ class Manager(Scope, BackedUp):
     @property
     def _flusher(self) -> Flusher | None:
         """The flusher, if this process owns the state; otherwise `None`."""
-        running = self._running  # read once: another thread may be here while `stop()` ends
+        running = self._running  # read once: another thread may run this while `stop()` ends
         return running.flusher if isinstance(running, Member) else running
 
     def _own_files(self) -> Paths | None:
@@ -477,7 +477,7 @@ class Manager(Scope, BackedUp):
     @property
     def revision(self) -> int:
         """The number of the last change; 0 for a new state, and before the first `start()`. A restart does not reset it."""
-        flusher = self._running  # read once: another thread may be here while `stop()` ends
+        flusher = self._running  # read once: another thread may run this while `stop()` ends
         return self._ended.revision if flusher is None else flusher.shown.revision
 
     @property

@@ -426,7 +426,7 @@ def test_a_value_that_was_swapped_is_noticed() -> None:
     error = corruption(snapshot(SAMPLE).replace(b"some-value", b"same-value"))
     assert error.detail == (
         "its checksum does not match its contents; restore a copy. If it was edited by hand, delete "
-        """`,"crc32":"…"` at the end of its member '$lab_state': the rest of the member then holds"""
+        """`,"crc32":"…"` at the end of its member '$lab_state': the rest of the member stays valid"""
     )
 
 
@@ -555,7 +555,7 @@ def test_what_is_not_an_object_is_refused(data: bytes, detail: str) -> None:
 def test_what_is_not_valid_json_is_refused(data: bytes, offset: int) -> None:
     """The message says what is wrong, and where, if the decoder says it."""
     error = corruption(data)
-    assert re.fullmatch(r"it is not valid JSON \([^()]+\); mend it, or restore a copy", error.detail)
+    assert re.fullmatch(r"it is not valid JSON \([^()]+\); correct it, or restore a copy", error.detail)
     assert error.offset == offset
 
 
@@ -628,7 +628,7 @@ def test_a_key_that_looks_like_the_member_is_a_key() -> None:
 def test_a_foreign_value_that_cannot_be_read_is_refused(value: bytes) -> None:
     """A value that could not be read back is refused when the file is loaded, with its key."""
     error = corruption(b'{"good":1,"bad":%s,"other":2}' % value)
-    assert error.detail == "the value of 'bad' is not valid JSON in UTF-8; mend it by hand"
+    assert error.detail == "the value of 'bad' is not valid JSON in UTF-8; correct it by hand"
     assert error.__context__ is None
 
 

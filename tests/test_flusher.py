@@ -976,7 +976,7 @@ class TestBrokenPromises:
         for each in (stopping, waiting):
             with pytest.raises(
                 UnavailableError,
-                match="last flush of 'test' was cut off by the end of the event loop: 1 changed keys may not",
+                match="last flush of 'test' was cancelled at the end of the event loop: 1 changed keys may not",
             ):
                 await each
         assert memory.places["test"].session is None
@@ -1000,7 +1000,7 @@ class TestBrokenPromises:
         await asyncio.wait({flushing, stopping})
         assert manager.status().phase == "stopped"
         await until(lambda: memory.places["test"].session is None)
-        assert "cut off by the end of the event loop: 1 changed keys may not be durable" in caplog.text
+        assert "cancelled at the end of the event loop: 1 changed keys may not be durable" in caplog.text
         storage.resume()
         async with manager:
             assert await manager.get_all() == {"a": 1}

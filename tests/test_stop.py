@@ -281,7 +281,7 @@ async def test_the_end_of_the_loop_is_told_once(
     flusher.cancel()
     with pytest.raises(UnavailableError) as caught:
         await stop
-    told = "was cut off by the end of the event loop: 1 changed keys may not be durable"
+    told = "was cancelled at the end of the event loop: 1 changed keys may not be durable"
     assert str(caught.value) == f"the last flush of 'test' {told}"
     assert errors(caplog) == [f"test: stop() failed: {caught.value}"]
     slow.goes_on.set()

@@ -30,7 +30,7 @@ from lab_state._order._sorted_keys import Chunk, SortedKeys, cut
 
 
 class Held(Protocol):
-    """The entries of a state. The index asks which keys exist, and how many."""
+    """The entries of a state, with the two calls that the index needs."""
 
     def __contains__(self, key: object, /) -> bool: ...
     def __len__(self) -> int: ...
@@ -252,7 +252,7 @@ class Index:
         sample = sorted(chain.from_iterable(part[::stride] for part in parts))
         limits = sample[:: max(4, len(sample) * _BUCKET // count)][1:]
         buckets: list[list[str]] = [[] for _ in range(len(limits) + 1)]
-        _untrack(0, 1)  # quick while the buckets are empty; afterwards only a full collection looks at them
+        _untrack(0, 1)  # quick while the buckets are empty; afterwards only a full collection visits them
         while parts:
             yield
             for key in parts.pop():
@@ -299,8 +299,8 @@ def corrected(keys: list[str], doubtful: list[str], present: Held, *, reverse: b
 def _untrack(number: int, generation: int = 0) -> None:
     """Run the garbage collector, if `number` is a multiple of `_UNTRACKED_AT_ONCE`, and the collector is enabled.
 
-    The collector finds that the newest tuples have only strings, and never looks at them again. Without this,
-    a later collection would look at all tuples in one step, which takes 50 ms for a million keys.
+    The collector finds that the newest tuples have only strings, and never visits them again. Without this,
+    a later collection would visit all tuples in one step, which takes 50 ms for a million keys.
     """
     if not number % _UNTRACKED_AT_ONCE and gc.isenabled():
         gc.collect(generation)

@@ -332,7 +332,7 @@ class State(Ordered):
         return isinstance(self.entries, Overlay)
 
     def note_copied(self, view: dict[str, Stored]) -> None:
-        """Note that no value of a view keeps a loaded buffer alive. Do nothing if the view is not the present one."""
+        """Note that no value of a view keeps a loaded buffer in memory. Do nothing if the view is not the present one."""
         if self._over(view) is not None:
             self.borrowed = False
 

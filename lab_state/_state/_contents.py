@@ -73,8 +73,8 @@ class Contents:
         written_at: The time of the wall clock at the last write before the state was loaded, in milliseconds since 1970; 0 if
             it is not known. It is for messages.
         versions_at: The revision of the change with which the versions become durable. It may be the next change.
-        borrowed: Whether values may be views of the buffer from which they were loaded, and
-            keep it alive.
+        borrowed: Whether values may be views of the buffer from which they were loaded. Such
+            views keep the buffer in memory.
         views: The views that `items()` reads. If the list is not empty, `before_overwrite`
             has to be called before each change.
         on_views: A callback after the first of these views was opened, and after the last one was closed.
@@ -123,7 +123,7 @@ class Contents:
         """Make an empty state.
 
         Args:
-            monotonic: The clock that never goes back. Without it, the time of the state does not advance.
+            monotonic: The monotonic clock, in seconds. Without it, the time of the state does not advance.
             start: The time of the state now, in seconds since 1970.
             wall_clock: The wall clock, in seconds since 1970.
         """

@@ -278,7 +278,7 @@ _ours: dict[lookup.Identity, Lock] = {}
 
 
 def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
-    """Return a description of another process, which holds a lock, for the message.
+    """Return a description of the process that holds a lock, for the message of another process.
 
     Args:
         holder: The content of the lock file; `None` if it cannot be decoded.
@@ -319,7 +319,7 @@ def is_here(holder: LockHolder) -> bool:
     """Return whether the process that a lock file names runs on this machine.
 
     Containers of one machine have different host names, and different machines may have equal ones.
-    So the boot id of the kernel decides, if it is known here and in the lock file.
+    So the boot ids of the kernels are compared, if both are known. Otherwise the host names are compared.
     """
     return holder.kernel == _boot() if holder.kernel and _boot() else holder.host == _host()
 

@@ -92,13 +92,13 @@ class FileStorage:
                 `UnsupportedError` if there is neither a snapshot nor a journal, and creates
                 nothing. Use `False` for a volume that may not be mounted.
             history: The time for which older snapshots and journals are kept, in seconds or as
-                a `timedelta`. Then each moment of this time can be read or restored later. The
+                a `timedelta`. The state at each moment of this time can be read or restored. The
                 files are in `<name>.history/`, with mode 0700. They are hard links, so they must be in
-                the same file system as the directory. `None` keeps no older files, and does
-                not delete those that are there.
-            history_bytes: The most bytes of these files; `None` for no limit. If there are more,
-                the oldest ones are deleted after a checkpoint, at most two generations for each
-                new one. A generation is a snapshot with its journal.
+                the same file system as the directory. With `None`, no older files are kept, and
+                existing ones are not deleted.
+            history_bytes: The largest total size of these files, in bytes; `None` for no limit. If
+                they are larger, the oldest ones are deleted after a checkpoint, at most two
+                generations for each new one. A generation is a snapshot with its journal.
 
         Raises:
             TypeError: `directory` is not a path, or is a path of bytes. Or `history` is not a
@@ -137,7 +137,7 @@ class FileStorage:
     async def read(self, name: str) -> Reading:
         """Read the files while a writer may have them open; see `Storage.read`.
 
-        The call needs only the permission to read, and works on a file system that is mounted
+        The call needs only read permission, and works on a file system that is mounted
         read-only. A relative path is resolved at the call, from the current directory of the
         process. A cancelled call leaves nothing open.
 
@@ -342,7 +342,7 @@ class FileSession:
         return self.recovery
 
     async def hand_over(self) -> bool:
-        """End the journal with a frame which says that all frames before it were synced; see `SharedSession.hand_over`."""
+        """End the journal with an `END` frame: all frames before it were synced; see `SharedSession.hand_over`."""
         return await self._run(self._commits, self._writer.hand_over)
 
     def rest(self) -> None:

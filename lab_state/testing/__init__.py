@@ -200,8 +200,8 @@ class FaultyStorage:
         """Simulate a power cut: open sessions write nothing more, and their commits and checkpoints raise `StorageError`.
 
         The next manager with this object loads the durable state, as after a reboot. A manager
-        that was running at the power cut must still be stopped. Its `stop()` raises if there is
-        anything to write.
+        that was running at the power cut must still be stopped. Its `stop()` raises an error if
+        there is anything to write.
 
         Args:
             during: The operation whose next call cuts the power; by default the power is cut at once.
