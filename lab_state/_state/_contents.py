@@ -59,7 +59,7 @@ class Contents:
         swept: The number of keys that were deleted by sweeps.
         epoch: The time of the state, in seconds since 1970, when `monotonic` is 0.
         expiries: The index of keys that expire.
-        monotonic: The clock that never goes back.
+        monotonic: The monotonic clock, in seconds.
         on_change: A callback after each change, if there is a watch. `Writing.set` calls it, too.
         on_changes: A callback after a change of many keys, if there is a watch.
         on_staged: A callback after a change of many keys, which `fold_staged` has to merge.

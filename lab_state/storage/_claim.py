@@ -121,8 +121,8 @@ class Claim:
 
         Without `whole`, the snapshot may be left out of the recovery. A process that has a copy of the state seldom needs it.
 
-        `aclose` of the session deletes the socket file, closes the listening socket and frees the
-        lock, in this order. A failed or cancelled call does the same before it raises.
+        `aclose` of the session deletes the socket file, closes the listening socket and releases
+        the lock, in this order. A failed or cancelled call does the same before it raises an error.
 
         Raises:
             StorageError: See `Storage.open`. A `LockedError` is never raised.
@@ -163,7 +163,7 @@ class Claim:
         return True
 
     async def release(self) -> None:
-        """Release a claim that is not loaded: delete the socket file, close the listening socket and free the lock.
+        """Release a claim that is not loaded: delete the socket file, close the listening socket and release the lock.
 
         After a successful `load` this call only ends the checks of the socket file: `aclose` of the
         session does the rest. Do not call this while `load` runs. If the caller is cancelled, the

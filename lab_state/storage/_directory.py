@@ -54,7 +54,7 @@ class Paths(NamedTuple):
 
 
 def check_path(path: object, what: Literal["directory", "backup"]) -> str:
-    """Return a path as a `str`. `what` says for the messages what the path is for.
+    """Return a path as a `str`. `what` names the purpose of the path, for the messages.
 
     Raises:
         TypeError: The path is neither a `str` nor a path object, or is a path of bytes.

@@ -131,7 +131,7 @@ class FileRestoring:
         return await self._run(highest_revision, self._writer.paths, self._writer.name)
 
     async def put(self, snapshot: SnapshotSource, *, is_damaged: bool) -> str | None:
-        """Link the files that are there. Then put a journal with the whole state in place, and write a checkpoint; see `Restoring.put`."""
+        """Link the present files. Then put a journal with the whole state in place, and write a checkpoint; see `Restoring.put`."""
         kept = None
         if is_damaged:
             kept = await self._run(keep_apart, self._writer)

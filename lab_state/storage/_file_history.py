@@ -1,7 +1,7 @@
 """List and read the generations of a state on disk, while a writer may have it open. The calls block.
 
 No file is created, changed or locked, as in `_file_reader`. A list needs only the ends of files: the
-names of a history tell where each generation begins, and the last record of its journal tells where it ends.
+name of a file has the first revision of its generation, and the last record of the journal has the last one.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _in_use(
     if found_journal is not None:
         span = _span_by_ends(name, found_journal, found_snapshot)
     if span is None:
-        # The files do not fit, or one is edited or missing. So all has to be read, to decide as a start does.
+        # The files do not belong together, or one is edited or missing. So all of them are read, as at a start.
         reading = read_files(paths.directory, name, given_up)
         _check_end(reading)
         first = moment_of_snapshot(reading.snapshot or b"") or Moment(0, _modified(found_snapshot))

@@ -1,8 +1,8 @@
 """Restore a state on disk: its lock, the link of its files, and the highest revision in them. The calls block.
 
 The writer of a restore loads nothing. Its first commit puts a journal with the whole restored state in place, by
-rule 6 of `docs/design/disk.md`. The rename of this journal is the moment of the restore. So the snapshot that is
-there need not be readable.
+rule 6 of `docs/design/disk.md`. The rename of this journal is the moment of the restore. So the present snapshot
+need not be readable.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def highest_revision(paths: Paths, name: str) -> int:
 
 
 def keep_present(writer: Writer) -> None:
-    """Link the files that are there into the history, with `history=` or without.
+    """Link the present files into the history, even without `history=`.
 
     Raises:
         StorageError: A file could not be linked. Then nothing may be replaced.

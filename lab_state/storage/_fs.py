@@ -52,7 +52,7 @@ during a sync.
 """
 
 _COPIED = 64 * 1024
-"""The most bytes that are copied to save a system call. A larger copy would block every other thread."""
+"""The largest number of bytes that are copied to save a system call. A larger copy would block every other thread."""
 
 
 _NOT_FOR_DIRECTORIES = {errno.EINVAL, errno.ENOSYS}
@@ -230,7 +230,7 @@ class NewFile:
     async def write(self, slices: AsyncIterator[bytes], thread: Worker, check: Callable[[], object]) -> None:
         """Write the slices in the thread.
 
-        `check` is called before each call in the thread. It must raise as soon as `discard` is
+        `check` is called before each call in the thread. It must raise an error as soon as `discard` is
         queued, because the number of the descriptor may belong to another file after that.
         """
         with translated("writing", self.path):

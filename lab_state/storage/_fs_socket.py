@@ -22,7 +22,7 @@ from lab_state.storage import _lookup as lookup
 from lab_state.storage._os_errors import may_pass, storage_error, translated
 
 _BACKLOG = 128
-"""The number of connections that wait to be accepted. Each of them is one process."""
+"""The largest number of connections that wait to be accepted. Each of them is one process."""
 
 _PEER = struct.Struct("=iII")
 """Linux: `struct ucred`, with the process id, the user and the group."""
@@ -79,7 +79,7 @@ class OwnSocket(socket.socket):
 
 
 def bind(own: OwnSocket, address: Address) -> lookup.Identity:
-    """Delete the file at the address, whatever it is. Bind the socket there and listen. Return the identity of the new file.
+    """Delete the file at the address, of whatever type. Bind the socket there and listen. Return the identity of the new file.
 
     Only the holder of the lock may call this. Only the user of this process can connect.
 

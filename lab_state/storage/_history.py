@@ -20,7 +20,7 @@ class FoundGeneration(NamedTuple):
         span: Its moments.
         size: The number of its bytes.
         in_use: Whether it is the one that the next start loads.
-        key: The names by which the storage finds it again. Only the storage looks at it.
+        key: The names by which the storage finds it again. Only the storage reads them.
     """
 
     span: Span
@@ -110,7 +110,7 @@ class History(Protocol):
     async def read(self, name: str, generation: FoundGeneration) -> Reading:
         """Read one generation, and no other one. Each record of a generation that is not in use is durable.
 
-        The generation in use is read as by `Storage.read`. It may be another one by now, with a later first revision.
+        The generation in use is read as by `Storage.read`. A later one may have replaced the listed one meanwhile.
 
         Raises:
             GoneError: The generation was pruned or replaced since it was listed.
@@ -132,8 +132,8 @@ class History(Protocol):
         """Become the only writer of a state, to restore it in place. Nothing is loaded, and nothing is changed yet.
 
         Raises:
-            LockedError: A writer has the state open, also one that shares it with others.
-            StorageError: See `Storage.open`. Damage is no error here.
+            LockedError: A writer has the state open. It may share the state with other processes.
+            StorageError: See `Storage.open`. Damage is not an error here.
         """
         ...
 

@@ -37,7 +37,7 @@ class KeptFiles:
         """Link a foreign file at the path as `<path>.replaced-<time>`, and log an ERROR. Do nothing if there is none.
 
         A file is foreign if this process has neither loaded nor written its bytes. A snapshot that the start has not read is
-        foreign only if it has no valid checksum. A file that was looked at is not looked at again, unless it has changed.
+        foreign only if it has no valid checksum. A file that was checked is not checked again, unless it has changed.
 
         Args:
             known: The fingerprint of the snapshot that this process has found or written.
@@ -63,7 +63,7 @@ class KeptFiles:
         self._seen.add(found)
 
     def wrote(self, snapshot: lookup.Fingerprint) -> None:
-        """Note a snapshot that is about to get its name. If the sync of the directory fails, the writer does not know it."""
+        """Note a snapshot of this process that is about to get its name. So it is not foreign, even if the sync of the directory fails."""
         self._seen.add(snapshot)
 
 

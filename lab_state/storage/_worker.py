@@ -156,7 +156,7 @@ def _serve(threads: Threads) -> None:
         worker.has_thread()
         worker.todo.popleft()()
         threads.done(worker)
-        del worker  # otherwise this variable would keep the worker alive until the next call
+        del worker  # otherwise this variable would keep the worker in memory until the next call
 
 
 class Worker(Executor):
