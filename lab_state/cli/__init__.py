@@ -1,0 +1,24 @@
+"""The command `lab-state`: it reads, changes and checks states from a shell.
+
+`main` is the entry point. `_app` has the group of the subcommands. Modules for one or two subcommands are beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+MISSING_EXTRA = "lab-state: the command needs the extra `cli`: pip install 'lab-state[cli]'\n"
+
+
+def main() -> None:
+    """Run the command with the arguments of this process, and exit with its code.
+
+    Without the extra `cli`, print one line to stderr, and exit with the code 2.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("click", "rich")):
+        sys.stderr.write(MISSING_EXTRA)
+        sys.exit(2)
+    from lab_state.cli._app import run  # noqa: PLC0415 -- it imports click, which is an extra
+
+    run()

@@ -1,0 +1,224 @@
+"""The command line: its subcommands, with their arguments and help."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from typing import Any
+
+import click
+
+from lab_state.cli import _diff, _stats, _values, _write
+from lab_state.cli._arguments import STATE, the_moment
+from lab_state.cli._exits import INTERRUPTED, USAGE, Stop
+from lab_state.cli._output import note
+from lab_state.cli._run import asynchronous
+from lab_state.cli._target import Target
+from lab_state.cli._when import parse_when
+
+PROGRAM = "lab-state"
+
+EXITS = """\b
+Exit codes:
+  0 ok    1 no such key or state, or a difference    2 usage
+  3 locked    4 corrupt    5 unavailable    6 conflict    130 Ctrl-C
+"""
+
+HAS_MOMENT = frozenset({"get", "keys", "dump", "stats"})
+"""The names of the subcommands that read a state as it was at a moment."""
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+json_option = click.option("--json", is_flag=True, help="Print one JSON object.")
+nl_option = click.option("--nl", is_flag=True, help="Print JSON, one value a line.")
+depose_option = click.option(
+    "--depose", is_flag=True, help="Write to a state in a bucket. A process that has it open is deposed."
+)
+create_option = click.option("--create", is_flag=True, help="Create the state if it does not exist.")
+
+
+@click.group(context_settings=CONTEXT, epilog=EXITS)
+@click.option(
+    "--at", metavar="WHEN", help="Read the state as it was: 10m (ago), 'yesterday 18:00', ISO 8601, or r1204 (a revision)."
+)
+@click.version_option(package_name="lab-state", prog_name=PROGRAM)
+@click.pass_context
+def cli(ctx: click.Context, at: str | None) -> None:
+    """Read, change and check states of lab_state.
+
+    STATE is directory/name, the path of its .json, or s3://bucket/prefix/name. A state may be in use: reading takes no lock.
+
+    \b
+    Example:
+      lab-state get state/shop stock/apple
+    """
+    if at is not None:
+        try:
+            parse_when(at, datetime.now().astimezone())
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--at") from None
+        if ctx.invoked_subcommand not in HAS_MOMENT:
+            raise click.UsageError(f"{ctx.invoked_subcommand} does not read a moment: leave out --at")
+    ctx.obj = at
+
+
+def run() -> None:
+    """Run the command with the arguments of this process, and exit with its code."""
+    try:
+        cli.main(prog_name=PROGRAM, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(USAGE)
+    except click.Abort:
+        sys.exit(INTERRUPTED)
+    except Stop as stop:
+        if stop.message:
+            note(f"{PROGRAM}: {stop.message}")
+        sys.exit(stop.code)
+
+
+@cli.command()
+@click.argument("state", type=STATE)
+@click.argument("key")
+@json_option
+@click.pass_context
+def get(ctx: click.Context, state: Target, key: str, **options: Any) -> None:
+    """Print the value of a key, as JSON.
+
+    \b
+    Example:
+      lab-state get state/shop stock/apple
+    """
+    asynchronous(_values.get)(state, key, the_moment(ctx), **options)
+
+
+@cli.command()
+@click.argument("state", type=STATE)
+@click.argument("prefix", default="")
+@click.option("--tree", is_flag=True, help="Split the keys at each /, and count.")
+@click.option("--after", metavar="KEY", help="Begin after this key.")
+@click.option("--limit", type=click.IntRange(min=0), help="Print at most so many lines.")
+@json_option
+@nl_option
+@click.pass_context
+def keys(ctx: click.Context, state: Target, prefix: str, **options: Any) -> None:
+    """Print the keys with a prefix, in order.
+
+    \b
+    Example:
+      lab-state keys state/shop stock/
+    """
+    asynchronous(_values.keys)(state, prefix, the_moment(ctx), **options)
+
+
+@cli.command()
+@click.argument("state", type=STATE)
+@click.argument("prefix", default="")
+@nl_option
+@click.pass_context
+def dump(ctx: click.Context, state: Target, prefix: str, **options: Any) -> None:
+    """Print all keys with their values: one JSON object, or with --nl a line for each key, with its expiry.
+
+    \b
+    Example:
+      lab-state dump --nl state/shop > shop.ndjson
+    """
+    asynchronous(_values.dump)(state, prefix, the_moment(ctx), **options)
+
+
+@cli.command()
+@click.argument("state", type=STATE)
+@click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="Print so many of the largest keys.")
+@json_option
+@click.pass_context
+def stats(ctx: click.Context, state: Target, **options: Any) -> None:
+    """Print keys and bytes by prefix, the largest keys, sizes, and what expires.
+
+    \b
+    Example:
+      lab-state stats --top 3 state/shop
+    """
+    asynchronous(_stats.stats)(state, the_moment(ctx), **options)
+
+
+@cli.command()
+@click.argument("first", metavar="A", shell_complete=STATE.shell_complete)
+@click.argument("second", metavar="B", shell_complete=STATE.shell_complete)
+@nl_option
+def diff(first: str, second: str, **options: Any) -> None:
+    """Print the differences between A and B: states, backups, or STATE@WHEN. The exit code is 1 if there are any.
+
+    \b
+    Example:
+      lab-state diff backups/shop.json state/shop
+    """
+    asynchronous(_diff.diff)(first, second, **options)
+
+
+@cli.command("set")
+@click.argument("state", type=STATE)
+@click.argument("key")
+@click.argument("value", metavar="JSON")
+@click.option("--ttl", type=float, metavar="SECONDS", help="Let the key expire after this time.")
+@click.option(
+    "--if", "since", type=click.IntRange(min=0), metavar="REVISION", help="Write only if the key has not changed after REVISION."
+)
+@create_option
+@depose_option
+@json_option
+def set_(state: Target, key: str, value: str, **options: Any) -> None:
+    """Store one value, and print the revision. Without --ttl, the key does not expire.
+
+    \b
+    Example:
+      lab-state set state/shop stock/apple 12
+    """
+    asynchronous(_write.set_)(state, key, value, **options)
+
+
+@cli.command()
+@click.argument("state", type=STATE)
+@click.argument("keys", metavar="KEY...", nargs=-1, required=True)
+@depose_option
+@json_option
+def delete(state: Target, keys: tuple[str, ...], **options: Any) -> None:
+    """Delete keys. The exit code is 1 if one of them did not exist.
+
+    \b
+    Example:
+      lab-state delete state/shop cart/ann cart/bob
+    """
+    asynchronous(_write.delete)(state, keys, **options)
+
+
+@cli.command()
+@click.argument("state", type=STATE)
+@nl_option
+@click.option("--replace", is_flag=True, help="Delete all other keys.")
+@create_option
+@depose_option
+@json_option
+def load(state: Target, **options: Any) -> None:
+    """Store the JSON on stdin, as dump prints it, as one change.
+
+    \b
+    Example:
+      lab-state load --nl --create state/copy < shop.ndjson
+    """
+    asynchronous(_write.load)(state, **options)
+
+
+@cli.command()
+@click.argument("state", type=STATE)
+@click.argument("key")
+@depose_option
+@json_option
+def edit(state: Target, key: str, **options: Any) -> None:
+    """Edit one value in $EDITOR. Nothing is written if the key was changed meanwhile. An expiry is kept.
+
+    \b
+    Example:
+      EDITOR=nano lab-state edit state/shop cart/ann
+    """
+    asynchronous(_write.edit)(state, key, **options)
+

@@ -1,0 +1,78 @@
+"""The types of arguments that several subcommands have, with their shell completion."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import click
+from click.shell_completion import CompletionItem
+
+from lab_state.cli._target import S3, Place, Target, parse_place, parse_state
+
+_SUFFIXES = (".json", ".journal")
+
+
+class StateType(click.ParamType):
+    """STATE: `directory/name`, the path of its `.json`, or `s3://bucket/prefix/name`."""
+
+    name = "state"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Target:
+        """Return the target, or end with a usage error."""
+        if isinstance(value, Target):
+            return value
+        try:
+            return parse_state(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the states and the directories whose names begin so."""
+        return [CompletionItem(name) for name in complete(incomplete)]
+
+
+class PlaceType(click.ParamType):
+    """DIRECTORY: a directory, or `s3://bucket/prefix`."""
+
+    name = "directory"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:
+        """Return the place, or end with a usage error."""
+        try:
+            return parse_place(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete the name of a directory."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+def complete(text: str) -> list[str]:
+    """Return the states on disk that begin with a text, and the directories with a slash. A shell offers them for STATE."""
+    if text.startswith(S3):
+        return []
+    head, slash, last = text.rpartition("/")
+    try:
+        with os.scandir(head + slash or ".") as entries:
+            found = {_offer(entry) for entry in entries if entry.name.startswith(last)}
+    except OSError:
+        return []
+    return [f"{head}{slash}{name}" for name in sorted(found - {""})]
+
+
+def _offer(entry: os.DirEntry[str]) -> str:
+    if entry.is_dir():
+        return f"{entry.name}/"
+    stem, suffix = os.path.splitext(entry.name)
+    return stem if suffix in _SUFFIXES else ""
+
+
+def the_moment(ctx: click.Context) -> str | None:
+    """Return the WHEN of `lab-state --at WHEN`; `None` without it."""
+    return cast("str | None", ctx.find_root().obj)
+
+
+STATE = StateType()
+PLACE = PlaceType()

@@ -1,0 +1,120 @@
+"""The output of the command: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from lab_state.cli._text import columns, shown, shown_json
+
+FORMAT = 1
+"""The version of the JSON of each subcommand."""
+
+_AT_ONCE = 64 * 1024
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Output:
+    """The two streams of one run of the command.
+
+    Attributes:
+        is_terminal: Whether stdout is a terminal. On a terminal, no character is written that could control it.
+    """
+
+    def __init__(self) -> None:
+        self.is_terminal: bool = sys.stdout.isatty()
+        self._encoding = sys.stdout.encoding
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    # Data
+
+    def text(self, text: str) -> str:
+        """Return a text, such as a key, as it is shown in a line for people."""
+        return shown(text, self._encoding)
+
+    def json_text(self, data: bytes) -> str:
+        """Return JSON as it is shown in a line for people."""
+        return shown_json(data.decode(), self._encoding)
+
+    def line(self, text: str) -> None:
+        """Write a line for people. The caller has passed each key in it through `text`."""
+        self._write(text.encode(self._encoding, "backslashreplace") + b"\n")
+
+    def json(self, value: Any) -> None:
+        """Write a value as JSON in one line."""
+        self.raw(_encode(value))
+
+    def one(self, **members: Any) -> None:
+        """Write the JSON of a subcommand whose output is one object: its first member is the format."""
+        self.json({"format": FORMAT, **members})
+
+    def raw(self, data: bytes) -> None:
+        """Write JSON, and end the line. On a terminal, characters that could control it are escaped. Elsewhere the bytes are not changed."""
+        self.part(data)
+        self._write(b"\n")
+
+    def part(self, data: bytes) -> None:
+        """Write a part of JSON, as `raw` does, without the end of the line."""
+        if self.is_terminal:
+            data = self.json_text(data).encode(self._encoding)
+        self._write(data)
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+        """Write a table. Its cells are for people: the caller has passed each key in them through `text`."""
+        if self.is_terminal:
+            self._rich_table(head, rows, right)
+            return
+        for line in columns(head, rows, right):
+            self.line(line)
+
+    def _rich_table(self, head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
+        from rich.console import Console  # noqa: PLC0415 -- 30 ms, and only a terminal needs it
+        from rich.table import Table  # noqa: PLC0415 -- likewise
+        from rich.text import Text  # noqa: PLC0415 -- likewise
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for place, name in enumerate(head):
+            table.add_column(name, justify="right" if place in right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self.flush()
+        Console().print(table)
+
+    def _write(self, data: bytes) -> None:
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size >= _AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is collected.
+
+        Raises:
+            BrokenPipeError: The reader has closed the pipe.
+        """
+        parts, self._parts, self._size = self._parts, [], 0
+        sys.stdout.buffer.write(b"".join(parts))
+        sys.stdout.buffer.flush()
+
+    # Everything else
+
+    def note(self, text: str) -> None:
+        """Write a line to stderr."""
+        note(text)
+
+    def hint(self, text: str) -> None:
+        """Write a line to stderr, if it is a terminal."""
+        if sys.stderr.isatty():
+            note(text)
+
+
+def note(text: str) -> None:
+    """Write a line to stderr. Characters that could control a terminal are escaped."""
+    safe = "".join(char if char == "\n" or char.isprintable() else shown(char) for char in text)
+    sys.stderr.write(safe.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding) + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,84 @@
+"""The storage of a place, and the reading of a state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from lab_state._entries import Expiring, Stored
+from lab_state._state_view import StateView, read_state
+from lab_state._values import encode
+from lab_state.cli._target import Place, Target
+from lab_state.cli._when import parse_when
+from lab_state.storage._protocol import Storage
+from lab_state.storage.file import FileStorage
+
+
+def storage_at(place: Place, *, create: bool = False) -> Storage:
+    """Return the storage of a place. With `create`, a missing directory or state is created.
+
+    Raises:
+        ValueError: The place cannot be one of a storage.
+        ImportError: The extra for S3 is missing.
+    """
+    if not place.bucket:
+        return FileStorage(place.directory, create=create)
+    from lab_state.storage.s3 import S3Storage  # noqa: PLC0415 -- only a bucket needs it
+
+    return S3Storage(place.bucket, prefix=place.prefix)
+
+
+async def read(target: Target, at: str | None = None) -> StateView:
+    """Read a state without its lock: as it is now, or at a moment.
+
+    Raises:
+        ValueError: The moment is none, or the storage does not keep it.
+        LabStateError: See `read_state`.
+    """
+    return await read_state(target.name, storage_at(target.place), **moment(at))
+
+
+def moment(at: str | None) -> dict[str, Any]:
+    """Return the argument of `read_state` for a WHEN, which may be missing.
+
+    Raises:
+        ValueError: The text is not a moment.
+    """
+    return {} if at is None else {"at": parse_when(at, datetime.now().astimezone())}
+
+
+def entries_of(view: StateView) -> dict[str, Stored]:
+    """Return the entries of a view. Nothing may change them, and the reading calls of the view must not be used before."""
+    entries = view._core.state.entries  # noqa: SLF001 -- a million calls of `get` would take seconds
+    assert isinstance(entries, dict)
+    return entries
+
+
+def raw_of(stored: Stored) -> bytes:
+    """Return the JSON of an entry, in one line. In the file of another program it may have several lines."""
+    value = stored.value if isinstance(stored, Expiring) else stored
+    data = bytes(value) if isinstance(value, bytes | Raw) else encode(value)
+    return data if b"\n" not in data and b"\r" not in data else msgspec.json.format(data, indent=-1)
+
+
+def expiry_of(stored: Stored) -> int | None:
+    """Return the expiry of an entry, in milliseconds since 1970; `None` if it does not expire."""
+    return stored.at if isinstance(stored, Expiring) else None
+
+
+def sorted_items(view: StateView, prefix: str = "") -> Iterator[tuple[str, Stored]]:
+    """Yield the entries with a prefix, in order of their keys."""
+    entries = entries_of(view)
+    for key in sorted(key for key in entries if key.startswith(prefix)) if prefix else sorted(entries):
+        yield key, entries[key]
+
+
+def described(view: StateView) -> dict[str, int | float | bool | None]:
+    """Return the members of the JSON of a subcommand that say which moment was read, and whether a process has the state open."""
+    wall = None if view.wall is None else round(view.wall * 1000)
+    return {"live": view.live, "revision": view.revision, "durable_revision": view.durable_revision, "wall": wall}
+

@@ -1,0 +1,161 @@
+"""The subcommands `watch` and `tail`: the changes of a state, as they come, or as the journal has them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable
+from datetime import datetime
+
+from lab_state._codec import LoadedState, decode_record, replay
+from lab_state._loading import load
+from lab_state.cli._changes import Change, between, newer, of_record, text_of
+from lab_state.cli._client import Client
+from lab_state.cli._output import Output
+from lab_state.cli._storages import storage_at
+from lab_state.cli._target import Target
+from lab_state.cli._when import parse_when
+from lab_state.storage._directory import Paths
+from lab_state.storage._protocol import Storage
+from lab_state.storage.file import FileStorage
+
+EVERY = 0.2
+"""The seconds between two looks at the files of a state."""
+
+EVERY_IN_A_BUCKET = 5.0
+"""The seconds between two readings of a state in a bucket. Each of them costs some requests, and transfers the state."""
+
+
+class _Printer:
+    """The lines of one run of `watch` or `tail`."""
+
+    def __init__(self, output: Output, prefix: str, *, nl: bool) -> None:
+        self.prefix = prefix
+        self._output = output
+        self._nl = nl
+
+    def print(self, changes: Iterable[Change]) -> None:
+        """Print changes, and write them at once."""
+        for change in changes:
+            if self._nl:
+                self._output.json(change.members())
+            else:
+                self._output.line(text_of(change, self._output.text))
+        self._output.flush()
+
+    def note(self, text: str) -> None:
+        self._output.note(f"lab-state: {text}")
+
+
+async def watch(output: Output, state: Target, prefix: str, *, nl: bool) -> None:
+    """Print changes as they come, until the command is interrupted."""
+    storage, printer = storage_at(state.place), _Printer(output, prefix, nl=nl)
+    last = None
+    if isinstance(storage, FileStorage):
+        last = await _follow(storage, state, printer)
+    await _poll(storage, state, printer, last)
+
+
+async def _follow(storage: FileStorage, state: Target, printer: _Printer) -> int | None:
+    """Print the records that the owner of a shared state sends. Return the last revision when no process answers; `None` if none has."""
+    records: asyncio.Queue[bytes | None] = asyncio.Queue()
+    client = Client(storage, state.name, lambda record: records.put_nowait(bytes(record)))
+    last: int | None = None
+    try:
+        while await client.connect():
+            if last is None:
+                last = client.revision
+                printer.note(f"watching {state} by way of pid {client.pid}, from revision {last}")
+            else:
+                last = await _fill(storage, state.name, printer, last)
+            last = await _print_records(client, records, printer, last)
+    finally:
+        await client.aclose()
+    return last
+
+
+async def _print_records(client: Client, records: asyncio.Queue[bytes | None], printer: _Printer, last: int) -> int:
+    """Print records until the connection ends, and return the last revision."""
+    client.watch(lambda: records.put_nowait(None))
+    while (data := await records.get()) is not None:
+        record = decode_record(data)
+        if record.end > last:
+            printer.print(of_record(record, printer.prefix))
+            last = record.end
+    return last
+
+
+async def _fill(storage: Storage, name: str, printer: _Printer, last: int) -> int:
+    """Print the changes after a revision that the journal has, and return the last revision."""
+    records = list(map(decode_record, (await storage.read(name)).records))
+    found = newer(records, last)
+    if found is None:
+        if records and records[-1].end > last:
+            printer.note(f"changes after revision {last} were not seen, because a checkpoint was written meanwhile")
+            return records[-1].end
+        return last
+    for record in found:
+        printer.print(of_record(record, printer.prefix))
+    return found[-1].end
+
+
+async def _poll(storage: Storage, state: Target, printer: _Printer, last: int | None) -> None:
+    """Print the changes that the files show, each `EVERY` seconds."""
+    if last is not None:
+        await _fill(storage, state.name, printer, last)
+    seen = _fingerprint(storage, state)
+    now = (await load(state.name, storage)).state
+    if last is None:
+        printer.note(f"watching {state} by its files, from revision {now.revision}")
+    every = EVERY if isinstance(storage, FileStorage) else EVERY_IN_A_BUCKET
+    while True:
+        await asyncio.sleep(every)
+        before, seen = seen, _fingerprint(storage, state)
+        if seen is None or seen != before:
+            now, changes = await advance(now, storage, state.name, printer.prefix)
+            printer.print(changes)
+
+
+def _fingerprint(storage: Storage, state: Target) -> object:
+    """Return what changes with the files of a state; `None` if this cannot be told."""
+    if not isinstance(storage, FileStorage):
+        return None
+    found = []
+    for path in Paths.of(state.place.directory, state.name)[1:3]:
+        try:
+            status = os.stat(path)
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
+
+
+async def advance(now: LoadedState, storage: Storage, name: str, prefix: str) -> tuple[LoadedState, list[Change]]:
+    """Read a state again. Return it, and the changes since `now`.
+
+    Each record is shown, if the journal still has all of them. Otherwise the two moments are compared.
+    """
+    reading = await storage.read(name)
+    found = newer(map(decode_record, reading.records), now.revision)
+    if found is not None:
+        changes = [change for record in found for change in of_record(record, prefix)]
+        return replay(now, reading.records, reading.path), changes
+    loaded = (await load(name, storage)).state
+    return loaded, list(between(now, loaded, prefix))
+
+
+async def tail(output: Output, state: Target, prefix: str, *, since: str | None, nl: bool) -> None:
+    """Print the changes that the journal has, oldest first."""
+    printer = _Printer(output, prefix, nl=nl)
+    moment = None if since is None else parse_when(since, datetime.now().astimezone())
+    reading = await storage_at(state.place).read(state.name)
+    for record in map(decode_record, reading.records):
+        if moment is None or _is_after(record.end, record.wall, moment):
+            printer.print(of_record(record, prefix))
+
+
+def _is_after(revision: int, wall: int, moment: int | datetime) -> bool:
+    if isinstance(moment, datetime):
+        return wall >= moment.timestamp() * 1000
+    return revision > moment

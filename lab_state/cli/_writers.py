@@ -1,0 +1,213 @@
+"""The writer of a subcommand: of a state that is stopped, or by way of the owner of a shared state that runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+from msgspec import Raw
+
+from lab_state._codec import decode_record
+from lab_state._entries import Expiring
+from lab_state._values import encode_value
+from lab_state.cli._client import Client
+from lab_state.cli._exits import LOCKED, Stop
+from lab_state.cli._input import Item, has_changed, json_of
+from lab_state.cli._storages import storage_at
+from lab_state.cli._target import Target
+from lab_state.config import Config
+from lab_state.exceptions import ConflictError, InvalidValueError, KeyNotFoundError
+from lab_state.manager import Manager
+from lab_state.shared._answers import result_of
+from lab_state.shared._messages import Changes, Delete, DeleteMany, MakeChanges, Set
+from lab_state.shared._open_calls import NEVER
+from lab_state.storage.file import FileStorage
+
+CHANGED = "the key {!r} was changed meanwhile, so nothing was written: read it again"
+
+
+class Writer(Protocol):
+    """The writing calls of the command. Each returns when its change is durable."""
+
+    async def set(self, key: str, value: Any, ttl: float | None, since: int | None) -> int:
+        """Store a value, and return the revision. With `since`, do it only if the key has not changed after this revision.
+
+        Raises:
+            ConflictError: The key was changed, or it cannot be told whether it was. Nothing was written.
+        """
+        ...
+
+    async def replace(self, key: str, before: bytes, expires: int | None, value: Any, since: int) -> int:
+        """Replace a value that was read at a revision, keep its expiry, and return the revision.
+
+        Raises:
+            ConflictError: The key was changed after it was read. Nothing was written.
+        """
+        ...
+
+    async def delete(self, keys: list[str]) -> tuple[int, int]:
+        """Delete keys, and return how many of them existed, and the revision."""
+        ...
+
+    async def load(self, items: Mapping[str, Item], *, replace: bool) -> int:
+        """Store items as one change, and return the revision. Items that have expired are left out. With `replace`, delete all other keys."""
+        ...
+
+
+@asynccontextmanager
+async def writer(target: Target, *, create: bool = False, depose: bool = False) -> AsyncGenerator[Writer]:
+    """Open the writer of a state for the time of the block.
+
+    Args:
+        target: The state.
+        create: Whether to create a missing state.
+        depose: Whether to open a state in a bucket, although a process may have it open.
+
+    Raises:
+        Stop: The state is in a bucket, and `depose` is False.
+        LockedError: A process has the state open that does not share it.
+        LabStateError: The state cannot be opened, or a change could not be written.
+    """
+    storage = storage_at(target.place, create=create)
+    if isinstance(storage, FileStorage):
+        client = Client(storage, target.name)
+        try:
+            if await client.connect():
+                yield Shared(client)
+                return
+        finally:
+            await client.aclose()
+    elif not depose:
+        raise Stop(
+            LOCKED,
+            f"{target} may be open in a process: a bucket has no lock that would show it, and a new writer deposes that process. "
+            "Stop it first, and add --depose",
+        )
+    manager = Manager(Config(name=target.name, flush_interval=None), storage)
+    async with manager:
+        yield Stopped(manager, target)
+        await manager.flush()
+
+
+class Stopped:
+    """The writer of a state that no other process has open."""
+
+    def __init__(self, manager: Manager, target: Target) -> None:
+        """Write with a manager that runs."""
+        self._manager = manager
+        self._target = target
+
+    async def set(self, key: str, value: Any, ttl: float | None, since: int | None) -> int:
+        """See `Writer`."""
+        if since is not None:
+            await self._check(key, since)
+        return await self._manager.set(key, value, ttl=ttl)
+
+    async def _check(self, key: str, since: int) -> None:
+        """Check that a key has not changed after a revision.
+
+        Raises:
+            ConflictError: It has, or the journal does not reach back to that revision.
+        """
+        reading = await storage_at(self._target.place).read(self._target.name)
+        revision = self._manager.revision
+        if since > revision:
+            raise ConflictError(f"the state is at revision {revision}, which is below {since}: nothing was written")
+        changed = has_changed(key, since, map(decode_record, reading.records), revision)
+        if changed is None:
+            raise ConflictError(
+                f"the journal does not show whether {key!r} was changed after revision {since}: nothing was written; "
+                f"look at the value, and use --if {revision}"
+            )
+        if changed:
+            raise ConflictError(CHANGED.format(key))
+
+    async def replace(self, key: str, before: bytes, expires: int | None, value: Any, since: int) -> int:
+        """See `Writer`."""
+        manager = self._manager
+        try:
+            same = bytes(await manager.get(key, type=Raw)) == before and manager._expiry(key) == expires  # noqa: SLF001 -- `expires_in` is not exact
+        except KeyNotFoundError:
+            same = False
+        if not same:
+            raise ConflictError(CHANGED.format(key))
+        await manager.update(key, lambda _: value)
+        return manager.revision
+
+    async def delete(self, keys: list[str]) -> tuple[int, int]:
+        """See `Writer`."""
+        return await self._manager.delete_many(keys), self._manager.revision
+
+    async def load(self, items: Mapping[str, Item], *, replace: bool) -> int:
+        """See `Writer`."""
+        now = self._manager._core.state.now()  # noqa: SLF001 -- the time of the state
+        plain, expiring = _split(items, now)
+        async with self._manager.transaction() as draft:
+            if replace:
+                draft.delete_all()
+            draft.set_many(plain)
+            for key, (value, at) in expiring.items():
+                draft.set(key, value)
+                # A `ttl` would be rounded, and its time would pass meanwhile.
+                draft._core.changes[key] = Expiring(encode_value(value), at)  # noqa: SLF001
+        return draft.revision
+
+
+def _split(items: Mapping[str, Item], now: int) -> tuple[dict[str, Any], dict[str, tuple[Any, int]]]:
+    """Return the values that do not expire, and those that do, with their times. Leave out those that have expired at `now`."""
+    plain = {key: item.value for key, item in items.items() if item.expires is None}
+    expiring = {key: (item.value, item.expires) for key, item in items.items() if item.expires is not None}
+    return plain, {key: found for key, found in expiring.items() if found[1] > now}
+
+
+class Shared:
+    """The writer of a shared state that runs: each call is sent to its owner."""
+
+    def __init__(self, client: Client) -> None:
+        """Write by way of a client that is connected."""
+        self._client = client
+
+    async def set(self, key: str, value: Any, ttl: float | None, since: int | None) -> int:
+        """See `Writer`."""
+        raw = json_of(value)
+        milliseconds = None if ttl is None else math.ceil(ttl * 1000)
+        if since is None:
+            return (await self._client.call(lambda n, ack, _: Set(n, ack, key, raw, milliseconds))).revision
+        expires = {} if milliseconds is None else {key: int(self._client.now * 1000) + milliseconds}
+        return await self._change(Changes(set={key: raw}, expires=expires), since, [key])
+
+    async def replace(self, key: str, before: bytes, expires: int | None, value: Any, since: int) -> int:
+        """See `Writer`."""
+        await self._client.reach(since)
+        times = {} if expires is None else {key: expires}
+        return await self._change(Changes(set={key: json_of(value)}, expires=times), since, [key])
+
+    async def delete(self, keys: list[str]) -> tuple[int, int]:
+        """See `Writer`."""
+        if len(keys) == 1:
+            made = await self._client.call(lambda n, ack, _: Delete(n, ack, keys[0]))
+        else:
+            made = await self._client.call(lambda n, ack, _: DeleteMany(n, ack, keys))
+        found = result_of(made)
+        assert isinstance(found, int)
+        return int(found), made.revision
+
+    async def load(self, items: Mapping[str, Item], *, replace: bool) -> int:
+        """See `Writer`."""
+        plain, expiring = _split(items, int(self._client.now * 1000))
+        values = {key: json_of(value) for key, value in plain.items()}
+        values |= {key: json_of(value) for key, (value, _) in expiring.items()}
+        times = {key: at for key, (_, at) in expiring.items()}
+        try:
+            return await self._change(Changes(clear=replace, set=values, expires=times), NEVER, [])
+        except InvalidValueError as error:
+            raise InvalidValueError(f"{error}, or stop the processes of the state first") from None
+
+    async def _change(self, changes: Changes, since: int, keys: list[str]) -> int:
+        return (
+            await self._client.call(lambda n, ack, at: MakeChanges(n, ack, at, keys, [], changes), since)
+        ).revision
+
+
