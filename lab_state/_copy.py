@@ -57,14 +57,18 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
         StorageError: Reading or writing failed; see `Storage` and `StorageSession`. Or the copy differs from the source.
     """
     name = Config(name=name).name
-    tell = progress or _silent
+    return await copy_as(name, source, name, target, progress or _silent)
+
+
+async def copy_as(name: str, source: Storage, new_name: str, target: Storage, tell: Progress) -> int:
+    """Copy a state to a state of another name; see `copy_state`."""
     loaded = await load(name, source)
     if not loaded.size:
         raise UnsupportedError(f"there is no state at {loaded.path}: check the name and the storage")
     tell("read", loaded.size)
     state = loaded.state._replace(results=None)  # the copy is another state: no process has sent a call to it
-    await _write(name, target, state, tell)
-    await _verify(name, target, state, tell)
+    await _write(new_name, target, state, tell)
+    await _verify(new_name, target, state, tell)
     return len(state.entries)
 
 
@@ -78,10 +82,7 @@ async def _loaded(session: StorageSession) -> LoadedState:
 async def _write(name: str, target: Storage, state: LoadedState, tell: Progress) -> None:
     async def slices() -> AsyncIterator[bytes]:
         written = 0
-        parts = encode_snapshot(
-            view_of(state), state.revision, state.time, copy_loaded=False, wall=state.wall, versions=state.versions
-        )
-        for part in parts:
+        for part in snapshot_of(state):
             yield part
             written += len(part)
             tell("written", written)
@@ -109,6 +110,13 @@ async def _verify(name: str, target: Storage, state: LoadedState, tell: Progress
         tell("verified", _size(session.recovery))
     finally:
         await session.aclose()
+
+
+def snapshot_of(state: LoadedState) -> Iterator[bytes]:
+    """Yield a snapshot of a state that was decoded, in slices. It has no results of calls."""
+    return encode_snapshot(
+        view_of(state), state.revision, state.time, copy_loaded=False, wall=state.wall, versions=state.versions
+    )
 
 
 def _bytes(state: LoadedState, key: str) -> bytes:

@@ -48,7 +48,7 @@ def layers_of(page: str) -> tuple[tuple[str, ...], ...]:
 # From low to high. A room is a module, or a folder with all of its modules that have
 # no layer of their own. A room imports only from lower layers. So no chain of imports is longer than the list.
 LAYERS = layers_of(MAP)
-MOST_LAYERS = 12
+MOST_LAYERS = 13
 
 FILES = {"storage._fs", "storage._fs_read", "storage._fs_socket", "storage._directory", "storage._history_files"}
 OPENS_AND_SYNCS = {
@@ -244,6 +244,8 @@ def test_importing_imports_nothing_optional() -> None:
         "pydantic",
         "anyio",
         "attrs",
+        "click",
+        "rich",
         "pytest",
     }
     assert optional & {name.split(".")[0] for name in loaded} == set()

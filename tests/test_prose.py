@@ -37,7 +37,7 @@ assign attach await back become begin bind block bound break bring build cache c
 clean clear clip close collect combine commit compact compare complete compute configure confirm connect consume
 continue convert copy correct count cover crash create cut damage deactivate decide declare decode decrease defer
 define delay delete deliver depose describe detach detect determine die disable discard disconnect disown dispatch
-distinguish divide do double download drain draw drop dump duplicate enable encode end enforce ensure enter erase
+distinguish divide do double download drain draw drop dump duplicate edit enable encode end enforce ensure enter erase
 escape estimate evaluate evict exclude execute exit expand expect expire explain export extend extract fail fall
 feed fence fetch fill filter find finish flip flush fold follow forget fork format forward free freeze gather
 generate get give go group guard hand handle hash hear hide hold ignore import include increase increment indicate

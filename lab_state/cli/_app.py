@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 import click
 
-from lab_state.cli import _diff, _stats, _values, _write
-from lab_state.cli._arguments import STATE, the_moment
+from lab_state.cli import _diff, _files, _stats, _values, _verify, _watch, _write
+from lab_state.cli._arguments import STATE
 from lab_state.cli._exits import INTERRUPTED, USAGE, Stop
 from lab_state.cli._output import note
 from lab_state.cli._run import asynchronous
@@ -24,7 +26,7 @@ Exit codes:
   3 locked    4 corrupt    5 unavailable    6 conflict    130 Ctrl-C
 """
 
-HAS_MOMENT = frozenset({"get", "keys", "dump", "stats"})
+HAS_MOMENT = frozenset({"get", "keys", "dump", "stats", "verify"})
 """The names of the subcommands that read a state as it was at a moment."""
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -37,20 +39,27 @@ depose_option = click.option(
 create_option = click.option("--create", is_flag=True, help="Create the state if it does not exist.")
 
 
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:  # noqa: FBT001 -- click calls it so
+    if value:
+        # The package is in the top layer, as this module is. It is imported already.
+        click.echo(f"{PROGRAM} {importlib.import_module('lab_state').__version__}")
+        ctx.exit()
+
+
 @click.group(context_settings=CONTEXT, epilog=EXITS)
 @click.option(
-    "--at", metavar="WHEN", help="Read the state as it was: 10m (ago), 'yesterday 18:00', ISO 8601, or r1204 (a revision)."
+    "--at",
+    metavar="WHEN",
+    help="Read the state as it was: 10m (ago), 'yesterday 18:00', ISO 8601, or r1204 (a revision).",
 )
-@click.version_option(package_name="lab-state", prog_name=PROGRAM)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
+)
 @click.pass_context
-def cli(ctx: click.Context, at: str | None) -> None:
+def cli(ctx: click.Context, /, at: str | None) -> None:
     """Read, change and check states of lab_state.
 
     STATE is directory/name, the path of its .json, or s3://bucket/prefix/name. A state may be in use: reading takes no lock.
-
-    \b
-    Example:
-      lab-state get state/shop stock/apple
     """
     if at is not None:
         try:
@@ -60,6 +69,11 @@ def cli(ctx: click.Context, at: str | None) -> None:
         if ctx.invoked_subcommand not in HAS_MOMENT:
             raise click.UsageError(f"{ctx.invoked_subcommand} does not read a moment: leave out --at")
     ctx.obj = at
+
+
+def subcommand(example: str, *, name: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
+    """Return the decorator of a subcommand. Its help ends with an example."""
+    return cli.command(name, epilog=f"\b\nExample:\n  {example}")
 
 
 def run() -> None:
@@ -77,22 +91,17 @@ def run() -> None:
         sys.exit(stop.code)
 
 
-@cli.command()
+@subcommand("lab-state get state/shop stock/apple")
 @click.argument("state", type=STATE)
 @click.argument("key")
 @json_option
-@click.pass_context
-def get(ctx: click.Context, state: Target, key: str, **options: Any) -> None:
-    """Print the value of a key, as JSON.
-
-    \b
-    Example:
-      lab-state get state/shop stock/apple
-    """
-    asynchronous(_values.get)(state, key, the_moment(ctx), **options)
+@click.pass_obj
+def get(at: str | None, /, state: Target, key: str, **options: Any) -> None:
+    """Print the value of a key, as JSON."""
+    asynchronous(_values.get)(state, key, at, **options)
 
 
-@cli.command()
+@subcommand("lab-state keys state/shop stock/")
 @click.argument("state", type=STATE)
 @click.argument("prefix", default="")
 @click.option("--tree", is_flag=True, help="Split the keys at each /, and count.")
@@ -100,98 +109,120 @@ def get(ctx: click.Context, state: Target, key: str, **options: Any) -> None:
 @click.option("--limit", type=click.IntRange(min=0), help="Print at most so many lines.")
 @json_option
 @nl_option
-@click.pass_context
-def keys(ctx: click.Context, state: Target, prefix: str, **options: Any) -> None:
-    """Print the keys with a prefix, in order.
-
-    \b
-    Example:
-      lab-state keys state/shop stock/
-    """
-    asynchronous(_values.keys)(state, prefix, the_moment(ctx), **options)
+@click.pass_obj
+def keys(at: str | None, /, state: Target, prefix: str, **options: Any) -> None:
+    """Print the keys with a prefix, in order."""
+    asynchronous(_values.keys)(state, prefix, at, **options)
 
 
-@cli.command()
+@subcommand("lab-state dump --nl state/shop > shop.ndjson")
 @click.argument("state", type=STATE)
 @click.argument("prefix", default="")
 @nl_option
-@click.pass_context
-def dump(ctx: click.Context, state: Target, prefix: str, **options: Any) -> None:
-    """Print all keys with their values: one JSON object, or with --nl a line for each key, with its expiry.
-
-    \b
-    Example:
-      lab-state dump --nl state/shop > shop.ndjson
-    """
-    asynchronous(_values.dump)(state, prefix, the_moment(ctx), **options)
+@click.pass_obj
+def dump(at: str | None, /, state: Target, prefix: str, **options: Any) -> None:
+    """Print all keys with their values: one JSON object, or with --nl a line for each key, with its expiry."""
+    asynchronous(_values.dump)(state, prefix, at, **options)
 
 
-@cli.command()
+@subcommand("lab-state stats --top 3 state/shop")
 @click.argument("state", type=STATE)
-@click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="Print so many of the largest keys.")
+@click.option(
+    "--top", type=click.IntRange(min=0), default=10, show_default=True, help="Print so many of the largest keys."
+)
 @json_option
-@click.pass_context
-def stats(ctx: click.Context, state: Target, **options: Any) -> None:
-    """Print keys and bytes by prefix, the largest keys, sizes, and what expires.
-
-    \b
-    Example:
-      lab-state stats --top 3 state/shop
-    """
-    asynchronous(_stats.stats)(state, the_moment(ctx), **options)
+@click.pass_obj
+def stats(at: str | None, /, state: Target, **options: Any) -> None:
+    """Print keys and bytes by prefix, the largest keys, sizes, and what expires."""
+    asynchronous(_stats.stats)(state, at, **options)
 
 
-@cli.command()
+@subcommand("lab-state diff backups/shop.json state/shop")
 @click.argument("first", metavar="A", shell_complete=STATE.shell_complete)
 @click.argument("second", metavar="B", shell_complete=STATE.shell_complete)
 @nl_option
 def diff(first: str, second: str, **options: Any) -> None:
-    """Print the differences between A and B: states, backups, or STATE@WHEN. The exit code is 1 if there are any.
-
-    \b
-    Example:
-      lab-state diff backups/shop.json state/shop
-    """
+    """Print the differences between A and B: states, backups, or STATE@WHEN. The exit code is 1 if there are any."""
     asynchronous(_diff.diff)(first, second, **options)
 
 
-@cli.command("set")
+@subcommand("lab-state verify backups/shop.json")
+@click.argument("state", type=STATE)
+@json_option
+@click.pass_obj
+def verify(at: str | None, /, state: Target, **options: Any) -> None:
+    """Check all of a state: checksums, keys and values. Nothing is changed. The exit code is 4 if it is damaged."""
+    asynchronous(_verify.verify)(state, at, **options)
+
+
+@subcommand("lab-state watch state/shop cart/")
+@click.argument("state", type=STATE)
+@click.argument("prefix", default="")
+@nl_option
+def watch(state: Target, prefix: str, **options: Any) -> None:
+    """Print changes as they come, until Ctrl-C."""
+    asynchronous(_watch.watch)(state, prefix, **options)
+
+
+@subcommand("lab-state tail --since 10m state/shop")
+@click.argument("state", type=STATE)
+@click.argument("prefix", default="")
+@click.option("--since", metavar="WHEN", help="Begin after this moment; for the forms, see lab-state --help.")
+@nl_option
+def tail(state: Target, prefix: str, **options: Any) -> None:
+    """Print the changes that are stored one by one, with their times: those since the last checkpoint."""
+    asynchronous(_watch.tail)(state, prefix, **options)
+
+
+@subcommand("lab-state backup state/shop backups/shop.json")
+@click.argument("state", type=STATE)
+@click.argument("target", type=click.Path(dir_okay=False))
+@json_option
+def backup(state: Target, target: str, **options: Any) -> None:
+    """Write the whole state to one file, which replaces an older backup when it is complete."""
+    asynchronous(_files.backup, writes=True)(state, target, **options)
+
+
+@subcommand("lab-state copy state/shop s3://bucket/state/shop")
+@click.argument("source", metavar="STATE", type=STATE)
+@click.argument("target", metavar="NEW", type=STATE)
+@json_option
+def copy(source: Target, target: Target, **options: Any) -> None:
+    """Copy a state to another place, read the copy back, and compare it."""
+    asynchronous(_files.copy, writes=True)(source, target, **options)
+
+
+@subcommand("lab-state set state/shop stock/apple 12", name="set")
 @click.argument("state", type=STATE)
 @click.argument("key")
 @click.argument("value", metavar="JSON")
 @click.option("--ttl", type=float, metavar="SECONDS", help="Let the key expire after this time.")
 @click.option(
-    "--if", "since", type=click.IntRange(min=0), metavar="REVISION", help="Write only if the key has not changed after REVISION."
+    "--if",
+    "since",
+    type=click.IntRange(min=0),
+    metavar="REVISION",
+    help="Write only if the key has not changed after REVISION.",
 )
 @create_option
 @depose_option
 @json_option
 def set_(state: Target, key: str, value: str, **options: Any) -> None:
-    """Store one value, and print the revision. Without --ttl, the key does not expire.
-
-    \b
-    Example:
-      lab-state set state/shop stock/apple 12
-    """
-    asynchronous(_write.set_)(state, key, value, **options)
+    """Store one value, and print the revision. Without --ttl, the key does not expire."""
+    asynchronous(_write.set_, writes=True)(state, key, value, **options)
 
 
-@cli.command()
+@subcommand("lab-state delete state/shop cart/ann cart/bob")
 @click.argument("state", type=STATE)
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 @depose_option
 @json_option
 def delete(state: Target, keys: tuple[str, ...], **options: Any) -> None:
-    """Delete keys. The exit code is 1 if one of them did not exist.
-
-    \b
-    Example:
-      lab-state delete state/shop cart/ann cart/bob
-    """
-    asynchronous(_write.delete)(state, keys, **options)
+    """Delete keys. The exit code is 1 if one of them did not exist."""
+    asynchronous(_write.delete, writes=True)(state, keys, **options)
 
 
-@cli.command()
+@subcommand("lab-state load --nl --create state/copy < shop.ndjson")
 @click.argument("state", type=STATE)
 @nl_option
 @click.option("--replace", is_flag=True, help="Delete all other keys.")
@@ -199,26 +230,15 @@ def delete(state: Target, keys: tuple[str, ...], **options: Any) -> None:
 @depose_option
 @json_option
 def load(state: Target, **options: Any) -> None:
-    """Store the JSON on stdin, as dump prints it, as one change.
-
-    \b
-    Example:
-      lab-state load --nl --create state/copy < shop.ndjson
-    """
-    asynchronous(_write.load)(state, **options)
+    """Store the JSON on stdin, as dump prints it, as one change."""
+    asynchronous(_write.load, writes=True)(state, **options)
 
 
-@cli.command()
+@subcommand("EDITOR=nano lab-state edit state/shop cart/ann")
 @click.argument("state", type=STATE)
 @click.argument("key")
 @depose_option
 @json_option
 def edit(state: Target, key: str, **options: Any) -> None:
-    """Edit one value in $EDITOR. Nothing is written if the key was changed meanwhile. An expiry is kept.
-
-    \b
-    Example:
-      EDITOR=nano lab-state edit state/shop cart/ann
-    """
-    asynchronous(_write.edit)(state, key, **options)
-
+    """Edit one value in $EDITOR. Nothing is written if the key was changed meanwhile. An expiry is kept."""
+    asynchronous(_write.edit, writes=True)(state, key, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -13,7 +13,7 @@ from lab_state.cli._target import S3, Place, Target, parse_place, parse_state
 _SUFFIXES = (".json", ".journal")
 
 
-class StateType(click.ParamType):
+class StateType(click.ParamType[Target]):
     """STATE: `directory/name`, the path of its `.json`, or `s3://bucket/prefix/name`."""
 
     name = "state"
@@ -32,7 +32,7 @@ class StateType(click.ParamType):
         return [CompletionItem(name) for name in complete(incomplete)]
 
 
-class PlaceType(click.ParamType):
+class PlaceType(click.ParamType[Place]):
     """DIRECTORY: a directory, or `s3://bucket/prefix`."""
 
     name = "directory"
@@ -67,11 +67,6 @@ def _offer(entry: os.DirEntry[str]) -> str:
         return f"{entry.name}/"
     stem, suffix = os.path.splitext(entry.name)
     return stem if suffix in _SUFFIXES else ""
-
-
-def the_moment(ctx: click.Context) -> str | None:
-    """Return the WHEN of `lab-state --at WHEN`; `None` without it."""
-    return cast("str | None", ctx.find_root().obj)
 
 
 STATE = StateType()

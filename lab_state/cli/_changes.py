@@ -92,5 +92,3 @@ def text_of(change: Change, shown: Any) -> str:
     if change.expires is not None:
         words.append(f"(expires {time_text(change.expires)})")
     return "  ".join(words)
-
-

@@ -90,6 +90,11 @@ class Client:
             connection.link.close()
         return is_admitted
 
+    async def may_appear(self) -> bool:
+        """Return whether the holder of the lock shares the state on this machine. Then an owner listens soon."""
+        holder = await self._files.holder(self._name)
+        return holder is not None and self._files.refusal(self._name, holder) is None
+
     def welcomed(self, welcome: Welcome) -> None:
         """Note what the owner says of itself and of the state. The open call is sent on each connection."""
         self.pid, self._epoch = welcome.pid, welcome.epoch
@@ -179,15 +184,14 @@ class Client:
         """
         connection = self._connection
         assert connection is not None
-        try:
-            async with asyncio.timeout(PATIENCE):
-                while self.revision < revision and not connection.over.done():
-                    connection.link.ask(1)
-                    await asyncio.sleep(_AGAIN)
-        except TimeoutError:
-            pass
+        end = self._clock.monotonic() + PATIENCE
+        while self.revision < revision and not connection.over.done() and self._clock.monotonic() < end:
+            connection.link.ask(1)
+            await asyncio.sleep(_AGAIN)
         if self.revision < revision:
-            raise UnavailableError(f"the owner of the state {self._name!r} has not made revision {revision} durable; try again")
+            raise UnavailableError(
+                f"the owner of the state {self._name!r} has not made revision {revision} durable; try again"
+            )
 
     async def _patient(self, *futures: asyncio.Future[Any]) -> None:
         """Wait until one of the futures is done.
@@ -262,6 +266,7 @@ class _Connection:
     def record(self, record: memoryview) -> Awaitable[None] | None:
         """Pass the record on."""
         self._client.record(record)
+        return None
 
     def answers(self, answers: Sequence[Answer]) -> None:
         """Give the answers to the client."""
@@ -282,7 +287,9 @@ class _Connection:
     def ended(self, problem: BadMessageError | None) -> None:
         """Note the end of the connection."""
         if isinstance(problem, OtherVersionError):
-            self._fail(f"the owner of the state {self._name!r} has another version of lab_state: {problem}; use its version")
+            self._fail(
+                f"the owner of the state {self._name!r} has another version of lab_state: {problem}; use its version"
+            )
         elif problem is not None and not self.link.is_greeted:
             self._fail(f"another program answers at the socket of the state {self._name!r}: {described(problem)}")
         self._settle(self.ready, False)
@@ -295,5 +302,3 @@ class _Connection:
     def _settle(self, future: asyncio.Future[bool], result: bool) -> None:  # noqa: FBT001 -- a result
         if not future.done():
             future.set_result(result)
-
-

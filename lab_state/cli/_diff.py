@@ -78,14 +78,16 @@ async def _read(text: str) -> StateView:
 def _line(found: Difference) -> dict[str, Any]:
     line: dict[str, Any] = {"key": found.key, "kind": found.kind}
     for name, stored in (("before", found.before), ("after", found.after)):
-        if stored is not MISSING:
+        if not isinstance(stored, Absent):
             line[name] = {"value": Raw(raw_of(stored)), "expires": expiry_of(stored)}
     return line
 
 
 def _show(output: Output, found: Difference) -> None:
     sign = {"added": "+", "removed": "-", "changed": "~"}[found.kind]
-    values = " -> ".join(_short(output, stored) for stored in (found.before, found.after) if stored is not MISSING)
+    values = " -> ".join(
+        _short(output, stored) for stored in (found.before, found.after) if not isinstance(stored, Absent)
+    )
     output.line(f"{sign} {output.text(found.key)}  {values}")
 
 

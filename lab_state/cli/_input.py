@@ -67,7 +67,9 @@ def parse_object(data: bytes) -> dict[str, Item]:
         values = msgspec.json.decode(data, type=dict[str, Any])
     except NOT_JSON as error:
         offset, why = not_an_object(data, error)
-        raise InvalidValueError(f"the input is not one JSON object (byte {offset}): {why}; for lines, add --nl") from None
+        raise InvalidValueError(
+            f"the input is not one JSON object (byte {offset}): {why}; for lines, add --nl"
+        ) from None
     return {check_key(key): Item(_checked(value, f"the value of {key!r}")) for key, value in values.items()}
 
 

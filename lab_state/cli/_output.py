@@ -104,13 +104,14 @@ class Output:
     # Everything else
 
     def note(self, text: str) -> None:
-        """Write a line to stderr."""
+        """Write a line to stderr, after the data so far."""
+        self.flush()
         note(text)
 
     def hint(self, text: str) -> None:
         """Write a line to stderr, if it is a terminal."""
         if sys.stderr.isatty():
-            note(text)
+            self.note(text)
 
 
 def note(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec
@@ -16,9 +17,11 @@ P = ParamSpec("P")
 
 
 def asynchronous(
-    function: Callable[Concatenate[Output, P], Coroutine[Any, Any, None]],
+    function: Callable[Concatenate[Output, P], Coroutine[Any, Any, None]], *, writes: bool = False
 ) -> Callable[P, None]:
     """Return a function for click, which runs a coroutine function on an event loop of its own. The coroutine gets the output.
+
+    Ctrl-C ends a subcommand that reads at once. One that `writes` is cancelled, so it ends what it has begun.
 
     Raises:
         Stop: The subcommand ends with another exit code than 0.
@@ -27,11 +30,13 @@ def asynchronous(
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         output = Output()
+        if not writes:
+            signal.signal(signal.SIGINT, _interrupt)
         try:
             asyncio.run(_finished(output, function(output, *args, **kwargs)))
         except BrokenPipeError:
             # Otherwise the interpreter would try to write the rest at its end, and print a warning.
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = None
             raise Stop(BROKEN_PIPE) from None
         except KeyboardInterrupt:
             raise Stop(INTERRUPTED) from None
@@ -41,6 +46,20 @@ def asynchronous(
             raise Stop(UNAVAILABLE, str(error)) from error
 
     return run
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    """Raise the exception of Ctrl-C. asyncio replaces only the usual handler of Python, which does the same."""
+    raise KeyboardInterrupt
+
+
+def read_input() -> bytes:
+    """Return all of stdin. Ctrl-C ends the wait at once."""
+    before = signal.signal(signal.SIGINT, _interrupt)
+    try:
+        return sys.stdin.buffer.read()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 async def _finished(output: Output, main: Coroutine[Any, Any, None]) -> None:

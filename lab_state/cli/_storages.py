@@ -81,4 +81,3 @@ def described(view: StateView) -> dict[str, int | float | bool | None]:
     """Return the members of the JSON of a subcommand that say which moment was read, and whether a process has the state open."""
     wall = None if view.wall is None else round(view.wall * 1000)
     return {"live": view.live, "revision": view.revision, "durable_revision": view.durable_revision, "wall": wall}
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -75,7 +75,7 @@ def time_text(milliseconds: int | None) -> str:
     if not milliseconds:
         return ""
     try:
-        moment = datetime.fromtimestamp(milliseconds / 1000, timezone.utc)
+        moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
     except (ValueError, OverflowError, OSError):  # a time of year 10,000 or later
         return f"{milliseconds} ms"
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -89,7 +89,7 @@ def live_text(live: bool | None) -> str:  # noqa: FBT001 -- one value that is sh
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Return the lines of a table. The columns in `right` are aligned to the right."""
     widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
-    lines = []
+    lines: list[str] = []
     for row in (head, *rows):
         cells = [
             cell.rjust(width) if place in right else cell.ljust(width)

@@ -49,7 +49,9 @@ async def keys(
             if nl:
                 output.json({"depth": depth, "name": name, "keys": count})
             else:
-                output.line("  " * depth + output.text(name) + (f"  ({count})" if count > 1 or name[-1:] == "/" else ""))
+                output.line(
+                    "  " * depth + output.text(name) + (f"  ({count})" if count > 1 or name[-1:] == "/" else "")
+                )
     elif nl:
         for key in found:
             output.json(key)
@@ -99,5 +101,3 @@ def line_of(key: str, stored: Stored) -> bytes:
     at = expiry_of(stored)
     expires = b"null" if at is None else b"%d" % at
     return b'{"key":%s,"value":%s,"expires":%s}' % (_encode(key), raw_of(stored), expires)
-
-

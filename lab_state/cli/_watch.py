@@ -120,7 +120,7 @@ def _fingerprint(storage: Storage, state: Target) -> object:
     """Return what changes with the files of a state; `None` if this cannot be told."""
     if not isinstance(storage, FileStorage):
         return None
-    found = []
+    found: list[object] = []
     for path in Paths.of(state.place.directory, state.name)[1:3]:
         try:
             status = os.stat(path)

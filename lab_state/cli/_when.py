@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from datetime import datetime, timedelta
 
@@ -25,15 +26,13 @@ def parse_when(text: str, now: datetime) -> int | datetime:
     text = text.strip()
     if found := _REVISION.fullmatch(text):
         return int(found[1])
-    try:
+    with contextlib.suppress(ValueError, OverflowError):  # such as 25:00, or the 30th of February
         if found := _AGO.fullmatch(text):
             return now - timedelta(**{_UNITS[found[2]]: int(found[1])})
         if found := _DAY.fullmatch(text):
             return _on_day(now, found)
         if _ISO.fullmatch(text):
             return _aware(datetime.fromisoformat(text))
-    except (ValueError, OverflowError):
-        pass  # such as 25:00, or the 30th of February
     raise ValueError(f"{text!r} is not a moment: write {FORMS}")
 
 

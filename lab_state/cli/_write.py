@@ -11,6 +11,7 @@ from lab_state._arguments import check_key, milliseconds
 from lab_state.cli._exits import NOT_FOUND, Stop, no_key
 from lab_state.cli._input import parse_lines, parse_object, parse_value
 from lab_state.cli._output import Output
+from lab_state.cli._run import read_input
 from lab_state.cli._storages import entries_of, expiry_of, raw_of, read
 from lab_state.cli._target import Target
 from lab_state.cli._writers import writer
@@ -52,11 +53,13 @@ async def delete(output: Output, state: Target, keys: tuple[str, ...], *, depose
         raise Stop(NOT_FOUND, f"{len(wanted) - count} of {len(wanted)} keys did not exist")
 
 
-async def load(output: Output, state: Target, *, nl: bool, replace: bool, create: bool, depose: bool, json: bool) -> None:
+async def load(
+    output: Output, state: Target, *, nl: bool, replace: bool, create: bool, depose: bool, json: bool
+) -> None:
     """Store what `dump` has printed, as one change. All of the input is checked before the state is opened."""
     if sys.stdin.isatty():
         output.note("lab-state: reading from the terminal; end with Ctrl-D")
-    data = sys.stdin.buffer.read()
+    data = read_input()
     items = parse_lines(data) if nl else parse_object(data)
     async with writer(state, create=create, depose=depose) as writing:
         revision = await writing.load(items, replace=replace)

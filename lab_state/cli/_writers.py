@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -12,13 +14,13 @@ from msgspec import Raw
 from lab_state._codec import decode_record
 from lab_state._entries import Expiring
 from lab_state._values import encode_value
-from lab_state.cli._client import Client
+from lab_state.cli._client import PATIENCE, Client
 from lab_state.cli._exits import LOCKED, Stop
 from lab_state.cli._input import Item, has_changed, json_of
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
 from lab_state.config import Config
-from lab_state.exceptions import ConflictError, InvalidValueError, KeyNotFoundError
+from lab_state.exceptions import ConflictError, InvalidValueError, KeyNotFoundError, LockedError
 from lab_state.manager import Manager
 from lab_state.shared._answers import result_of
 from lab_state.shared._messages import Changes, Delete, DeleteMany, MakeChanges, Set
@@ -41,6 +43,8 @@ class Writer(Protocol):
 
     async def replace(self, key: str, before: bytes, expires: int | None, value: Any, since: int) -> int:
         """Replace a value that was read at a revision, keep its expiry, and return the revision.
+
+        A state that is stopped has no record of each change. So there the value and the expiry are compared.
 
         Raises:
             ConflictError: The key was changed after it was read. Nothing was written.
@@ -71,24 +75,46 @@ async def writer(target: Target, *, create: bool = False, depose: bool = False) 
         LabStateError: The state cannot be opened, or a change could not be written.
     """
     storage = storage_at(target.place, create=create)
-    if isinstance(storage, FileStorage):
-        client = Client(storage, target.name)
-        try:
-            if await client.connect():
-                yield Shared(client)
-                return
-        finally:
-            await client.aclose()
-    elif not depose:
+    if not isinstance(storage, FileStorage) and not depose:
         raise Stop(
             LOCKED,
             f"{target} may be open in a process: a bucket has no lock that would show it, and a new writer deposes that process. "
             "Stop it first, and add --depose",
         )
     manager = Manager(Config(name=target.name, flush_interval=None), storage)
-    async with manager:
-        yield Stopped(manager, target)
-        await manager.flush()
+    client = Client(storage, target.name) if isinstance(storage, FileStorage) else None
+    try:
+        if await _is_shared(client, manager):
+            assert client is not None
+            yield Shared(client)
+            return
+        try:
+            yield Stopped(manager, target)
+            await manager.flush()
+        finally:
+            await manager.stop()
+    finally:
+        if client is not None:
+            await client.aclose()
+
+
+async def _is_shared(client: Client | None, manager: Manager) -> bool:
+    """Connect to the owner of a shared state, or start the manager. Return whether the client is connected.
+
+    An owner may end, and the next one may not listen yet. So both are tried for some time, if the holder of the lock shares the state.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        if client is not None and await client.connect():
+            return True
+        try:
+            await manager.start()
+        except LockedError:
+            if client is None or time.monotonic() >= end or not await client.may_appear():
+                raise
+            await asyncio.sleep(0.05)
+        else:
+            return False
 
 
 class Stopped:
@@ -100,7 +126,7 @@ class Stopped:
         self._target = target
 
     async def set(self, key: str, value: Any, ttl: float | None, since: int | None) -> int:
-        """See `Writer`."""
+        """Store a value; see `Writer`."""
         if since is not None:
             await self._check(key, since)
         return await self._manager.set(key, value, ttl=ttl)
@@ -125,7 +151,7 @@ class Stopped:
             raise ConflictError(CHANGED.format(key))
 
     async def replace(self, key: str, before: bytes, expires: int | None, value: Any, since: int) -> int:
-        """See `Writer`."""
+        """Replace a value; see `Writer`."""
         manager = self._manager
         try:
             same = bytes(await manager.get(key, type=Raw)) == before and manager._expiry(key) == expires  # noqa: SLF001 -- `expires_in` is not exact
@@ -137,11 +163,11 @@ class Stopped:
         return manager.revision
 
     async def delete(self, keys: list[str]) -> tuple[int, int]:
-        """See `Writer`."""
+        """Delete keys; see `Writer`."""
         return await self._manager.delete_many(keys), self._manager.revision
 
     async def load(self, items: Mapping[str, Item], *, replace: bool) -> int:
-        """See `Writer`."""
+        """Store items as one change; see `Writer`."""
         now = self._manager._core.state.now()  # noqa: SLF001 -- the time of the state
         plain, expiring = _split(items, now)
         async with self._manager.transaction() as draft:
@@ -170,7 +196,7 @@ class Shared:
         self._client = client
 
     async def set(self, key: str, value: Any, ttl: float | None, since: int | None) -> int:
-        """See `Writer`."""
+        """Store a value; see `Writer`."""
         raw = json_of(value)
         milliseconds = None if ttl is None else math.ceil(ttl * 1000)
         if since is None:
@@ -179,13 +205,13 @@ class Shared:
         return await self._change(Changes(set={key: raw}, expires=expires), since, [key])
 
     async def replace(self, key: str, before: bytes, expires: int | None, value: Any, since: int) -> int:
-        """See `Writer`."""
+        """Replace a value; see `Writer`."""
         await self._client.reach(since)
         times = {} if expires is None else {key: expires}
         return await self._change(Changes(set={key: json_of(value)}, expires=times), since, [key])
 
     async def delete(self, keys: list[str]) -> tuple[int, int]:
-        """See `Writer`."""
+        """Delete keys; see `Writer`."""
         if len(keys) == 1:
             made = await self._client.call(lambda n, ack, _: Delete(n, ack, keys[0]))
         else:
@@ -195,7 +221,7 @@ class Shared:
         return int(found), made.revision
 
     async def load(self, items: Mapping[str, Item], *, replace: bool) -> int:
-        """See `Writer`."""
+        """Store items as one change; see `Writer`."""
         plain, expiring = _split(items, int(self._client.now * 1000))
         values = {key: json_of(value) for key, value in plain.items()}
         values |= {key: json_of(value) for key, (value, _) in expiring.items()}
@@ -206,8 +232,4 @@ class Shared:
             raise InvalidValueError(f"{error}, or stop the processes of the state first") from None
 
     async def _change(self, changes: Changes, since: int, keys: list[str]) -> int:
-        return (
-            await self._client.call(lambda n, ack, at: MakeChanges(n, ack, at, keys, [], changes), since)
-        ).revision
-
-
+        return (await self._client.call(lambda n, ack, at: MakeChanges(n, ack, at, keys, [], changes), since)).revision

@@ -1,0 +1,161 @@
+"""A client of a shared state without a copy: which owner gets a call, and what is known if none answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from command import start
+from commanded import World
+from msgspec import Raw
+
+from lab_state import Config, ConflictError, FileStorage, Manager, UnavailableError, UnsupportedError
+from lab_state.cli import _client
+from lab_state.cli._client import Client
+from lab_state.shared._messages import Set
+from lab_state.shared._open_calls import NEVER
+
+OWNER = """
+import asyncio, sys
+from lab_state import Config, FileStorage, Manager
+async def main():
+    async with Manager(Config(name="shop", shared=True), FileStorage(sys.argv[1])) as state:
+        await state.set("a", 0)
+        print(flush=True)
+        await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def owner(directory: Path) -> AsyncGenerator[subprocess.Popen[bytes]]:
+    """Run the owner of a shared state in another process."""
+    process = await asyncio.to_thread(
+        subprocess.Popen, [sys.executable, "-c", OWNER, str(directory)], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    await asyncio.to_thread(process.stdout.readline)
+    try:
+        yield process
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.communicate)
+
+
+def set_to(value: bytes) -> _client.Make:
+    return lambda n, ack, _: Set(n, ack, "a", Raw(value), None)
+
+
+async def test_the_next_owner_gets_the_call(tmp_path: Path) -> None:
+    """An owner that dies before its answer leaves the call to the next owner, which makes it once. Its check is not valid there."""
+    storage = FileStorage(tmp_path)
+    async with owner(tmp_path) as first, Manager(Config(name="shop", shared=True), storage) as second:
+        client = Client(storage, "shop")
+        assert await client.connect()
+        assert (client.pid, client.revision) == (first.pid, 1)
+        first.send_signal(signal.SIGSTOP)
+        calling = asyncio.create_task(client.call(set_to(b"1")))
+        await asyncio.sleep(0)
+        first.kill()
+        made = await calling
+        assert (made.revision, client.pid) == (2, os.getpid())
+        assert await second.get("a") == 1
+        await client.call(set_to(b"2"))
+        assert (await second.get("a"), second.revision) == (2, 3)
+        await client.aclose()
+        await client.aclose()
+
+
+async def test_an_owner_that_stops_hands_the_call_over(tmp_path: Path) -> None:
+    """The command waits while one owner ends and the next one begins."""
+    world = World("shared", tmp_path)
+    state = tmp_path / "state"
+    async with owner(state) as first, Manager(Config(name="shop", shared=True), FileStorage(state)) as second:
+        first.send_signal(signal.SIGSTOP)
+        setting = await asyncio.to_thread(start, "set", world.state, "a", "7", cwd=tmp_path)
+        first.kill()
+        done = await asyncio.to_thread(setting.wait)
+        assert (done.code, done.out) == (0, "revision 2\n")
+        assert await second.get("a") == 7
+
+
+async def test_no_next_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the owner dies and no process follows, the error says that the outcome is unknown."""
+    monkeypatch.setattr(_client, "PATIENCE", 0.2)
+    async with owner(tmp_path) as first:
+        client = Client(FileStorage(tmp_path), "shop")
+        assert await client.connect()
+        first.send_signal(signal.SIGSTOP)
+        calling = asyncio.create_task(client.call(set_to(b"1")))
+        await asyncio.sleep(0)
+        first.kill()
+        with pytest.raises(UnavailableError, match="made once, or not at all") as raised:
+            await calling
+        assert raised.value.outcome == "unknown"
+        await client.aclose()
+
+
+async def test_an_owner_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner without a sign of life ends the call, and so does one that does not reach a revision."""
+    async with owner(tmp_path) as first:
+        client = Client(FileStorage(tmp_path), "shop")
+        assert await client.connect()
+        monkeypatch.setattr(_client, "PATIENCE", 0.2)
+        with pytest.raises(UnavailableError, match="has not made revision 5 durable"):
+            await client.reach(5)
+        await client.reach(1)
+        first.send_signal(signal.SIGSTOP)
+        with pytest.raises(UnavailableError, match=f"pid {first.pid}. gave no sign of life"):
+            await client.call(set_to(b"1"))
+        await client.aclose()
+
+
+async def test_a_check_that_does_not_hold(tmp_path: Path) -> None:
+    """A refused call raises `ConflictError`, and the next call is made."""
+    async with owner(tmp_path):
+        client = Client(FileStorage(tmp_path), "shop")
+        assert await client.connect()
+        from lab_state.shared._messages import Changes, MakeChanges  # noqa: PLC0415
+
+        changes = Changes(set={"a": Raw(b"1")})
+        with pytest.raises(ConflictError):
+            await client.call(lambda n, ack, at: MakeChanges(n, ack, at, ["a"], [], changes), NEVER)
+        assert (await client.call(set_to(b"2"))).revision == 2
+        await client.aclose()
+
+
+async def test_no_owner(tmp_path: Path) -> None:
+    """Without a socket, there is no owner, and nothing to close."""
+    client = Client(FileStorage(tmp_path), "shop")
+    assert not await client.connect()
+    assert not await client.may_appear()
+    await client.aclose()
+
+
+@pytest.mark.parametrize(
+    ("says", "error"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "another program answers"), (b"", None)],
+)
+async def test_another_program_at_the_socket(tmp_path: Path, says: bytes, error: str | None) -> None:
+    """A program that answers with other bytes is an error. One that closes the connection is no owner."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(says)
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, tmp_path / "shop.sock")
+    client = Client(FileStorage(tmp_path), "shop")
+    if error is None:
+        assert not await client.connect()
+    else:
+        with pytest.raises(UnsupportedError, match=error):
+            await client.connect()
+    await client.aclose()
+    server.close()
