@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from disk import HistoryMark, Kept, LetGo, LetGoBefore, State, Wrong
 from recorder import DIRECTORY, NAME, Recorder
-from world import Version
+from world import Version, generation_in_use, generation_of
 
 from lab_state import CorruptionError
 from lab_state import _journal as journal
@@ -27,7 +27,7 @@ from lab_state.storage._keeping import KeptHistory
 from lab_state.storage._pruning import Deletions, InUse
 
 Promise = tuple[int, str]
-"""A version, and the salt of the journal in use when it was acknowledged."""
+"""A version, and the generation that was in use when it was acknowledged."""
 
 
 class _Files(NamedTuple):
@@ -76,10 +76,10 @@ class Chronicle:
     def note(self, mark: HistoryMark) -> None:
         """Note a promise, or an event that lets promises go."""
         match mark:
-            case Kept(version, salt):
-                self.promised.add((version, salt))
+            case Kept(version, generation):
+                self.promised.add((version, generation))
             case LetGo(gone):
-                self.promised = {(version, salt) for version, salt in self.promised if salt != gone}
+                self.promised = {one for one in self.promised if one[1] != gone}
             case LetGoBefore(revision):
                 self.promised = {one for one in self.promised if self._versions[one[0]].revision >= revision}
             case Wrong(text):
@@ -101,33 +101,33 @@ class Chronicle:
         return f"the versions {sorted(lost)} are in no generation" if lost else None
 
     def all_moments(self, state: State) -> frozenset[Promise]:
-        """Return each version that can be reached, with the salt of its journal."""
-        return frozenset((number, salt) for numbers, _, salt in self._moments(state) for number in numbers)
+        """Return each version that can be reached, with its generation."""
+        return frozenset((number, name) for numbers, _, name in self._moments(state) for number in numbers)
 
     def _moments(self, state: State) -> Iterator[tuple[frozenset[int], str | None, str]]:
-        """Yield the versions that each journal holds, what is wrong with it, and its salt."""
+        """Yield the versions that each journal holds, what is wrong with it, and the name of its generation."""
         snapshots, journals = _files(state)
         yield self._of(None, b""), None, ""  # the empty state, before the first record
-        for data in snapshots.values():
-            yield self._of(data, b""), None, ""
+        for base, data in snapshots.items():
+            yield self._of(data, b""), None, base
         for data, is_kept in journals:
             try:
                 scan = journal.scan(data, NAME, "journal")
             except CorruptionError as error:
                 yield frozenset(), f"a journal is damaged: {error}", ""
                 continue
-            base, salt = scan.header.base, scan.header.salt
+            base, name = scan.header.base, generation_of(data)
             if base in {ANY_BASE, NO_BASE}:
-                yield self._of(None, data), None, salt
+                yield self._of(None, data), None, name
             elif base in snapshots:
-                yield self._of(snapshots[base], data), None, salt
+                yield self._of(snapshots[base], data), None, name
             else:  # a checkpoint frame may name the snapshot that is there
                 named = [one.payload.decode() for one in scan.frames if one.kind is FrameKind.CHECKPOINT]
                 follows = [snapshots[other] for other in named if other in snapshots]
                 if is_kept and not follows:
-                    yield frozenset(), f"the snapshot {base} of a journal in the history is missing", salt
+                    yield frozenset(), f"the snapshot {base} of a journal in the history is missing", name
                 for snapshot in follows:
-                    yield self._of(snapshot, data), None, salt
+                    yield self._of(snapshot, data), None, name
 
     def _of(self, snapshot: bytes | None, data: bytes) -> frozenset[int]:
         known = self._known.get((snapshot, data))
@@ -161,14 +161,6 @@ def _plain(loaded: LoadedState) -> Version:
     return Version(loaded.revision, values, dict(loaded.expires))
 
 
-def salt_in_use(root: Path) -> str:
-    """Return the salt of the journal in use; empty if there is none."""
-    path = root / DIRECTORY / f"{NAME}.journal"
-    if not path.exists():
-        return ""
-    return journal.read_header(path.read_bytes(), NAME, str(path)).salt
-
-
 @contextmanager
 def watching(recorder: Recorder) -> Iterator[None]:
     """Record the generations that could not be linked, those that are pruned, and a pruning that no rule allows."""
@@ -178,7 +170,7 @@ def watching(recorder: Recorder) -> Iterator[None]:
         before = self.failures
         found = keep(self, *args, **kwargs)
         if self.failures > before and not recorder.is_dead:
-            recorder.mark(LetGo(salt_in_use(recorder.root)))
+            recorder.mark(LetGo(generation_in_use(recorder.root)))
         return found
 
     def chosen(

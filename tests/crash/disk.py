@@ -100,16 +100,16 @@ class Withdraw(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A mark without an operation: this version was acknowledged, and the history keeps it. The journal with this salt is in use."""
+    """A mark without an operation: this version was acknowledged while this generation was in use. So the history keeps it."""
 
     version: int
-    salt: str
+    generation: str
 
 
 class LetGo(NamedTuple):
-    """A mark without an operation: the journal with this salt could not be linked into the history."""
+    """A mark without an operation: this generation could not be linked into the history."""
 
-    salt: str
+    generation: str
 
 
 class LetGoBefore(NamedTuple):

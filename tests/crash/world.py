@@ -16,11 +16,11 @@ import msgspec
 from disk import Ack, Kept, Mark, Try, Withdraw
 from recorder import DIRECTORY, NAME, Gate, Recorder
 
-from lab_state import Config, FileStorage, Manager, MigrationDraft, Schema, StorageError
+from lab_state import Config, FileStorage, Manager, MigrationDraft, Schema, StorageError, restore_state
 from lab_state._draft import Draft
 from lab_state._entries import Expiring
 from lab_state._flusher import Flusher
-from lab_state._journal import read_header
+from lab_state._journal import ANY_BASE, NO_BASE, read_header
 from lab_state._migrations import ANY
 from lab_state._periods import LONGEST_TTL
 from lab_state._state import State
@@ -69,6 +69,18 @@ class Marks(Protocol):
     """Where the application says what it tries and what was acknowledged."""
 
     def mark(self, entry: Mark) -> None: ...
+
+
+def generation_in_use(root: Path) -> str:
+    """Return the name of the generation in use: the base of its journal, or the salt, if the journal follows no snapshot."""
+    path = root / DIRECTORY / f"{NAME}.journal"
+    return generation_of(path.read_bytes()) if path.exists() else ""
+
+
+def generation_of(data: bytes) -> str:
+    """Return the name of the generation that has a journal; see `generation_in_use`."""
+    header = read_header(data, NAME, "the journal")
+    return header.salt if header.base in {ANY_BASE, NO_BASE} else header.base
 
 
 def is_overdue(at: int, now: int) -> bool:
@@ -327,6 +339,28 @@ class World:
         flusher._write_last = write_last  # type: ignore[method-assign]
         await self.stop()
 
+    async def restore(self, number: int) -> None:
+        """Restore a version in place, while no manager runs. It becomes the next revision. If this fails, try once more."""
+        version = self.versions[number]
+        for _ in range(2):
+            self._check_alive()
+            self._add(dict(version.values), dict(version.expires))
+            storage = FileStorage(self.root / DIRECTORY, **self._keeping())
+            try:
+                restored = await restore_state(NAME, storage, version.revision, into=NAME, clock=self.clock)
+            except StorageError:
+                self._check_alive()
+            except ValueError:  # it could not be linked, so it is in a hole
+                self.versions.pop()
+                return
+            else:
+                # An attempt that failed may have had an effect, or none.
+                assert restored.revision <= self.versions[self.latest].revision
+                self.versions[self.latest] = version._replace(revision=restored.revision)
+                self._ack()
+                self._check_alive()
+                return
+
     async def crash(self) -> None:
         """Crash: the process dies, and the page cache stays."""
         if self._recorder is not None:
@@ -454,12 +488,7 @@ class World:
             return
         self._marks.mark(Ack(self.latest, self._first))
         if self._history_bytes is not None:
-            self._marks.mark(Kept(self.latest, self._salt()))
-
-    def _salt(self) -> str:
-        """Return the salt of the journal in use; empty if there is none."""
-        path = self.root / DIRECTORY / f"{NAME}.journal"
-        return read_header(path.read_bytes(), NAME, str(path)).salt if path.exists() else ""
+            self._marks.mark(Kept(self.latest, generation_in_use(self.root)))
 
     async def checkpoint(self) -> None:
         """Make a checkpoint after the one that is under way: the flusher has one at a time."""
