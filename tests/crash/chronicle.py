@@ -22,7 +22,7 @@ from lab_state import _journal as journal
 from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
 from lab_state.storage import _keeping, _pruning
-from lab_state.storage._generations import HistoryFile, moment_of_snapshot
+from lab_state.storage._generations import HistoryFile, moment_of_snapshot, parse_name
 from lab_state.storage._keeping import KeptHistory
 from lab_state.storage._pruning import Deletions, InUse
 
@@ -35,16 +35,16 @@ class _Files(NamedTuple):
 
     Attributes:
         snapshots: Those of the history and the one in use, by their bases.
-        journals: Those of the history and the one in use. The second value says whether it is in the history.
+        journals: Those of the history and the one in use. The second value is the base in the name of a journal of the history.
     """
 
     snapshots: dict[str, bytes]
-    journals: list[tuple[bytes, bool]]
+    journals: list[tuple[bytes, str | None]]
 
 
 def _files(state: State) -> _Files:
     snapshots: dict[str, bytes] = {}
-    journals: list[tuple[bytes, bool]] = []
+    journals: list[tuple[bytes, str | None]] = []
     for path, data in state.items():
         name, parent = PurePosixPath(path).name, PurePosixPath(path).parent.name
         is_kept = parent == f"{NAME}.history"
@@ -53,7 +53,8 @@ def _files(state: State) -> _Files:
         if name.endswith(".json"):
             snapshots[journal.base_of(len(data), zlib.crc32(data))] = data
         elif name.endswith(".journal"):
-            journals.append((data, is_kept))
+            file = parse_name(name)
+            journals.append((data, None if file is None else file.base))
     return _Files(snapshots, journals)
 
 
@@ -110,24 +111,25 @@ class Chronicle:
         yield self._of(None, b""), None, ""  # the empty state, before the first record
         for base, data in snapshots.items():
             yield self._of(data, b""), None, base
-        for data, is_kept in journals:
+        for data, named in journals:
             try:
                 scan = journal.scan(data, NAME, "journal")
             except CorruptionError as error:
                 yield frozenset(), f"a journal is damaged: {error}", ""
                 continue
-            base, name = scan.header.base, generation_of(data)
-            if base in {ANY_BASE, NO_BASE}:
-                yield self._of(None, data), None, name
-            elif base in snapshots:
-                yield self._of(snapshots[base], data), None, name
-            else:  # a checkpoint frame may name the snapshot that is there
-                named = [one.payload.decode() for one in scan.frames if one.kind is FrameKind.CHECKPOINT]
-                follows = [snapshots[other] for other in named if other in snapshots]
-                if is_kept and not follows:
-                    yield frozenset(), f"the snapshot {base} of a journal in the history is missing", name
-                for snapshot in follows:
-                    yield self._of(snapshot, data), None, name
+            # A checkpoint frame may name the snapshot that is there. In the history, the name of the journal says which one it follows.
+            bases = {
+                scan.header.base,
+                *(one.payload.decode() for one in scan.frames if one.kind is FrameKind.CHECKPOINT),
+            }
+            if named is not None:
+                bases &= {named}
+            if bases & {ANY_BASE, NO_BASE}:
+                yield self._of(None, data), None, generation_of(data)
+            elif named is not None and not bases & snapshots.keys():
+                yield frozenset(), f"the snapshot {named} of a journal in the history is missing", ""
+            for base in bases & snapshots.keys():
+                yield self._of(snapshots[base], data), None, base
 
     def _of(self, snapshot: bytes | None, data: bytes) -> frozenset[int]:
         known = self._known.get((snapshot, data))
