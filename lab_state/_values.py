@@ -119,6 +119,29 @@ def encode_value(value: object) -> Value:
     return Json(data)
 
 
+def encode_plain(value: object) -> Value:
+    """Return the stored form of a value, as `encode_value` does, in less time for most dicts and lists."""
+    if value.__class__ is not dict and value.__class__ is not list:
+        return encode_value(value)
+    try:
+        data = encode(value)
+        if len(data) >= SHALLOW:
+            return encode_value(value)
+        check_json(data)  # a `msgspec.Raw` inside may hold bytes that are not JSON
+        if not data.isascii():
+            data.decode()
+        packed = check_str_keys(value)
+    except Exception:  # noqa: BLE001 -- `encode_value` makes all checks, and raises an error with the reason
+        return encode_value(value)
+    if (
+        (COLON in packed and find_colon(packed))
+        or (ALL_ONES in packed and find_ones(packed))
+        or (DEL in packed and find_del(packed))
+    ):
+        check_packed(value, data, packed)
+    return Json(data)
+
+
 def _check_class(kind: type) -> None:
     """Refuse an object of a class whose JSON can be written, but not read back."""
     if (why := undecodable(kind)) is not None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from itertools import islice
+from typing import cast
 
 from lab_state._arguments import name_of
 from lab_state._checking import Misfit
-from lab_state._draft import Draft
-from lab_state._entries import Expiring
-from lab_state._migrations._draft import MigrationCore, MigrationDraft
+from lab_state._entries import Expiring, Value
+from lab_state._migrations._draft import MigrationCore, MigrationDraft, StateDraft
 from lab_state._migrations._schema import Migrate
 from lab_state._migrations._types import Types
 from lab_state._state import State
 from lab_state.exceptions import LabStateError, MigrationError
 
-AT_ONCE = 10_000
+AT_ONCE = 2_000
 """The number of values that one step of `misfits` checks."""
 
 
-def migrate(draft: Draft, name: str, to: int, function: Migrate) -> None:
+def migrate(draft: StateDraft, name: str, to: int, function: Migrate) -> None:
     """Run one migration on a draft.
 
     Args:
@@ -55,17 +56,17 @@ def migrate(draft: Draft, name: str, to: int, function: Migrate) -> None:
 
 def misfits(state: State, types: Types) -> Iterator[Misfit | None]:
     """Check each value that has not expired against the type of its key. Yield each misfit, and `None` after `AT_ONCE` values."""
-    now, misfit = state.now(), types.misfit
-    for number, (key, stored) in enumerate(state.entries.items(), 1):
-        if not number % AT_ONCE:
-            yield None
-        if isinstance(stored, Expiring):
-            if stored.at <= now:
-                continue
-            stored = stored.value
-        found = misfit(key, stored)
-        if found is not None:
-            yield found
+    now = state.now()
+    entries = iter(state.entries.items())
+    while some := list(islice(entries, AT_ONCE)):
+        alive: list[tuple[str, Value]] = []
+        for key, stored in some:
+            if stored.__class__ is not Expiring:
+                alive.append((key, cast("Value", stored)))
+            elif stored.at > now:
+                alive.append((key, stored.value))
+        yield from types.misfits(alive)
+        yield None
 
 
 def unfit(found: Misfit, name: str, version: int) -> MigrationError:

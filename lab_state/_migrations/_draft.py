@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar, cast, final
+from weakref import ref
 
 from lab_state._arguments import check_key
 from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore
 from lab_state._draft import Draft
-from lab_state._entries import DELETED, Expiring
+from lab_state._entries import DELETED, Absent, Expiring, Stored, StoredOrGone
 from lab_state._metrics import Counters
+from lab_state._order import in_range
 from lab_state._periods import Seconds
 from lab_state._plain import Plain
 from lab_state._state import State
-from lab_state._values import encode_value
+from lab_state._undo import UndoView
+from lab_state._values import encode_plain
 from lab_state.exceptions import InvalidKeyError, InvalidValueError, KeyNotFoundError
 
 R = TypeVar("R")
+
+
+class StateDraft(Draft):
+    """A draft over a loaded state, whose `entries` are a dict. Reads of many keys take less time than in other drafts."""
+
+    __slots__ = ()
+
+    @property
+    def beneath(self) -> dict[str, Stored]:
+        """The entries of the loaded state; none if they were deleted."""
+        return {} if self.cleared else cast("dict[str, Stored]", self.base.entries)
+
+    def view(self) -> UndoView[Stored]:
+        """Open a view of the draft; see `Draft.view`. Deleted keys are in its map, but in no page."""
+        view = UndoView[Stored](None, cast("dict[str, Stored]", {**self.beneath, **self.changes}))
+        self.views.append(ref(view))
+        return view
+
+    def page(self, low: str, high: str | None, limit: int | None = None, *, reverse: bool = False) -> list[str]:
+        """Return the first keys in a range; see `State.page`."""
+        changes, beneath = self.changes, self.beneath
+        mine = in_range(changes, low, high)
+        gone = {key for key in mine if isinstance(changes[key], Absent)}
+        found = [] if self.cleared else self.base.page(low, high, reverse=reverse)
+        if gone:
+            found = [key for key in found if key not in gone]
+        if new := [key for key in mine if key not in beneath and key not in gone]:
+            found += new
+            found.sort(reverse=reverse)
+        return found[:limit]
 
 
 class MigrationCore(CallCore):
@@ -25,17 +58,23 @@ class MigrationCore(CallCore):
 
     Attributes:
         refused: The key whose value was refused last; `None` if none was.
+        changes: The changes of the draft. After the end, an empty dict.
+        beneath: The entries of the loaded state. After the end, an empty dict.
+        is_timed: Whether a key of the loaded state expires.
     """
 
-    __slots__ = ("_is_over", "refused")
+    __slots__ = ("_is_over", "beneath", "changes", "is_timed", "refused")
 
-    state: State  # of the base class, and assigned here as well: see `lab_state._state.State`
+    state: StateDraft  # of the base class, and assigned here as well: see `lab_state._state.State`
     blocked: bool
 
-    def __init__(self, name: str, draft: Draft) -> None:
+    def __init__(self, name: str, draft: StateDraft) -> None:
         super().__init__(name, draft, Counters())
         self.blocked = True  # otherwise `Writing.set` would need a flusher
         self.refused: str | None = None
+        self.changes: dict[str, StoredOrGone] = draft.changes
+        self.beneath: dict[str, Stored] = draft.beneath
+        self.is_timed: bool = draft.base.expires
         self._is_over = False
 
     def check_open(self) -> None:
@@ -58,7 +97,8 @@ class MigrationCore(CallCore):
     def end(self) -> None:
         """Refuse later calls. A second call does nothing."""
         self.state.close_views()
-        self.state, self._is_over = State(), True
+        self.state, self._is_over = StateDraft(State()), True
+        self.changes, self.beneath = {}, {}
 
 
 class _MigrationCalls(Calls):
@@ -108,19 +148,21 @@ class MigrationDraft(Plain):
             if ttl is not None:
                 self._run(self._calls.set(key, value, ttl=ttl))
                 return
-            stored = encode_value(value)
+            stored = encode_plain(value)
         except InvalidValueError as error:
             core.refused = key
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
-        core.check_open()
         full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `MigrationDraft` and its calls are one object in two parts
-        state = core.state
-        if full not in state.entries:
+        changes, state = core.changes, core.state
+        if full not in core.beneath and full not in changes:
+            core.check_open()
             check_key(full)
-        elif isinstance(old := state.entries[full], Expiring) and old.at > state.now():
-            state.set(full, Expiring(stored, old.at))
-            return
-        state.changes[full] = stored  # as in `Transaction.set`; `apply` would take longer
+        if core.is_timed or not state._only_values:  # noqa: SLF001 -- a property would take longer
+            at = self._calls._expiry(key) if state.has(full) else None  # noqa: SLF001 -- as above
+            if at is not None:
+                state.set(full, Expiring(stored, at))
+                return
+        changes[full] = stored  # as in `Transaction.set`; `State.apply` would take longer
 
     def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> None:
         """Store several values; see `set`."""

@@ -14,11 +14,11 @@ from lab_state._arguments import name_of
 from lab_state._buffers import join_in_steps
 from lab_state._clock import Clock
 from lab_state._codec import encode_record, encode_small_record
-from lab_state._draft import Draft
 from lab_state._entries import Versions
 from lab_state._foreign import only_storage_errors
 from lab_state._log import Log
 from lab_state._migrations._chain import migrate, misfits, unfit
+from lab_state._migrations._draft import StateDraft
 from lab_state._migrations._schema import Schema
 from lab_state._migrations._versions import Step, Stored, decide
 from lab_state._snapshots import SnapshotViews
@@ -100,7 +100,7 @@ class SchemaStart(NamedTuple):
         before, began = state.versions.schema, self.clock.monotonic()
         schema, name = self.schema, self.name
         self.logger.info("%s: migrates from version %d of the schema to version %d", name, before, schema.version)
-        draft = Draft(state)
+        draft = StateDraft(state)
         for to, function in schema.after(before):
             migrate(draft, name, to, function)
             self.logger.info(

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lab_state._codec import LoadedState, decode_snapshot
-from lab_state._draft import Draft
 from lab_state._entries import Expiring
 from lab_state._migrations import Schema, checked_schema
 from lab_state._migrations._chain import migrate, misfits
+from lab_state._migrations._draft import StateDraft
 from lab_state._state import State
 from lab_state._types import decode_value
 
@@ -63,7 +63,7 @@ def _migrated(schema: Schema, version: int, file: Path) -> dict[str, _Kept]:
             f"{file.name} has version {found.versions.schema} of the schema: its name must be that version"
         )
     state = _state_of(found)
-    draft = Draft(state)
+    draft = StateDraft(state)
     for to, function in schema.after(version):
         migrate(draft, file.name, to, function)
     draft.merge()

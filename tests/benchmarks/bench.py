@@ -31,6 +31,7 @@ import history
 import hot
 import large
 import many
+import migrations
 import mirror
 import pages
 import ranges
@@ -64,6 +65,7 @@ PARTS = [
     "footprint",
     "growth",
     "many",
+    "migrations",
     "shared",
 ]
 
@@ -108,6 +110,8 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
         run(growth.growth(results, directory, [1000, count // 10, count]))
     elif part == "shared":
         run(shared.shared(results, directory, scale))
+    elif part == "migrations":
+        migrations.migrations(results, directory, count)
     elif part == "many":
         run(many.many(results, directory, count // 100))
     else:
