@@ -116,7 +116,7 @@ class MigrationDraft(Plain):
     """The whole state during a migration, with the calls that read and change it, without `await`.
 
     It has the calls of a transaction, each with the same guarantees and errors. There is one difference: `set` and
-    `set_many` keep the expiry of a key, unless they get a `ttl`. There is one call more: `move`. A call sees the changes
+    `set_many` keep the expiry of a key, unless they get a `ttl`. There is one more call: `move`. A call sees the changes
     of the migrations before it. Values are not checked against the types of the schema before all migrations have ended.
 
     To read a large state, iterate over `items`, which has few values in memory at once. The iterator shows the
@@ -152,7 +152,7 @@ class MigrationDraft(Plain):
         except InvalidValueError as error:
             core.refused = key
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
-        full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `MigrationDraft` and its calls are one object in two parts
+        full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
         changes, state = core.changes, core.state
         if full not in core.beneath and full not in changes:
             core.check_open()
@@ -206,7 +206,7 @@ class MigrationDraft(Plain):
         return f"<MigrationDraft {prefix}{self._core.name!r}>"
 
     def __len__(self) -> int:
-        """Return the number of keys, with the changes made so far. This looks at each of these changes."""
+        """Return the number of keys, with the changes made so far. The cost grows with the number of these changes."""
         return len(self._calls)
 
     def __contains__(self, key: object) -> bool:

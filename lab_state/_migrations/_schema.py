@@ -48,8 +48,8 @@ class Schema:
                 `version`: older code is refused. Lower it for an additive change, so that the change does not block a
                 downgrade. The older code then leaves the stored version as it is. So this code must be able to read,
                 without a migration, what the older code writes.
-            types: The types of the values by the prefix of their keys, such as `{"users/": User}`. The longest prefix that fits
-                a key counts. A migration checks each value under these prefixes at its end. Each write under them refuses
+            types: The types of the values by the prefix of their keys, such as `{"users/": User}`. For each key, the
+                longest prefix that fits it is used. A migration checks each value under these prefixes at its end. Each write under them refuses
                 a value that is not of its type. Such a write decodes the value once more.
             strict: Whether a member that a type does not know is an error. Then `start()` checks each value under `types`, which
                 takes about as long as loading the state, and each write checks its value.

@@ -21,7 +21,7 @@ from lab_state._values import encode
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 _PROBE = {"$lab_state": "probe"}
-"""A value that hardly any type accepts. It takes the place of a member, to find out whether a type looks at the member."""
+"""A value that hardly any type accepts. It takes the place of a member, to find out whether a type reads the member."""
 
 
 class Types:

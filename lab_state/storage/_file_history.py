@@ -241,7 +241,7 @@ def _kept(paths: Paths, name: str, in_use: set[lookup.Identity]) -> list[FoundGe
         raise
     files = (file for file in map(parse_name, names) if file is not None)
     found = (_found(paths, name, one, in_use) for one in grouped(files).generations)
-    # A snapshot of another program has no recorded time. Its place is known only by now.
+    # A snapshot of another program has no recorded time. So its place in the order is known only now.
     return sorted((one for one in found if one is not None), key=lambda one: (one.span.first, one.span.last))
 
 
