@@ -36,12 +36,10 @@ FAULTS: list[tuple[Plans, bool, Workload]] = [
     (failing_syncs, False, workloads.checkpoints_beside_commits),
     (failing_syncs, True, workloads.steps),
     (failing_syncs, True, workloads.generations),
-    (failing_syncs, True, workloads.restored),
     (full_disks, False, workloads.steps),
     (deaths, True, workloads.steps),
     (deaths, True, workloads.checkpoints_beside_commits),
     (deaths, True, workloads.generations),
-    (deaths, True, workloads.restored),
 ]
 RECOVERIES = [workloads.checkpoints_beside_commits, workloads.unclean_ends, workloads.generations]
 SHARE = -(-STATES // (len(LIMITS) * (len(workloads.WITH_HISTORY) + len(FAULTS) + len(RECOVERIES))))

@@ -354,28 +354,6 @@ async def less_room(world: World) -> None:
         await world.stop()
 
 
-async def restored(world: World) -> None:
-    """Restore an older version after a stop, undo it, and restore another one after a kill."""
-    await world.start()
-    for number in range(3):
-        await world.set(f"key-{number}")
-        await world.flush()
-        if number:
-            await world.checkpoint()
-    latest = world.latest
-    await world.stop()
-    await world.restore(1)
-    await world.restore(latest)
-    await world.start()
-    await world.set("behind")
-    await world.flush()
-    await world.crash()
-    await world.restore(2)
-    await world.start()
-    await world.set("last")
-    await world.stop()
-
-
 async def given_up(world: World) -> None:
     """Cut off a write, so that the journal is given up, behind some commits and beside a checkpoint. Then go on."""
     await world.start()
@@ -516,7 +494,6 @@ WITH_HISTORY: tuple[Workload, ...] = (
     steps,
     generations,
     less_room,
-    restored,
     given_up,
 )
 """Those that are run with a history. In each of them, the acknowledged versions are the ends of records."""

@@ -16,7 +16,7 @@ import msgspec
 from disk import Ack, Kept, Mark, Try, Withdraw
 from recorder import DIRECTORY, NAME, Gate, Recorder
 
-from lab_state import Config, FileStorage, Manager, MigrationDraft, Schema, StorageError, restore_state
+from lab_state import Config, FileStorage, Manager, MigrationDraft, Schema, StorageError
 from lab_state._draft import Draft
 from lab_state._entries import Expiring
 from lab_state._flusher import Flusher
@@ -338,28 +338,6 @@ class World:
 
         flusher._write_last = write_last  # type: ignore[method-assign]
         await self.stop()
-
-    async def restore(self, number: int) -> None:
-        """Restore a version in place, while no manager runs. It becomes the next revision. If this fails, try once more."""
-        version = self.versions[number]
-        for _ in range(2):
-            self._check_alive()
-            self._add(dict(version.values), dict(version.expires))
-            storage = FileStorage(self.root / DIRECTORY, **self._keeping())
-            try:
-                restored = await restore_state(NAME, storage, version.revision, into=NAME, clock=self.clock)
-            except StorageError:
-                self._check_alive()
-            except ValueError:  # it could not be linked, so it is in a hole
-                self.versions.pop()
-                return
-            else:
-                # An attempt that failed may have had an effect, or none.
-                assert restored.revision <= self.versions[self.latest].revision
-                self.versions[self.latest] = version._replace(revision=restored.revision)
-                self._ack()
-                self._check_alive()
-                return
 
     async def crash(self) -> None:
         """Crash: the process dies, and the page cache stays."""
