@@ -40,8 +40,8 @@ class Calls(Writing, Waits):
     when its revision is durable, and this process has that revision in memory. If no owner gives a sign of life for
     `Config.owner_timeout` seconds, a write raises `UnavailableError`. Its `outcome` says whether the write was made.
 
-    Once the manager knows that a newer writer owns the state, each write raises `FencedError` and changes nothing,
-    whatever `Config.flush_interval` is. Even a write without an effect raises this error. Reads still succeed. If other
+    Once the manager has learned that a newer writer owns the state, each write raises `FencedError` and changes nothing,
+    with every `Config.flush_interval`. Even a write without an effect raises this error. Reads still succeed. If other
     code has cancelled the flush task of the manager, each write raises `UnavailableError` until `stop()`, and changes
     nothing; see `Status.task_failure`.
 

@@ -16,7 +16,7 @@ class StateInfo(NamedTuple):
         name: The name of the state.
         size: The number of bytes that `start()` loads. 0 for a state that was never written, or was removed.
         history_size: The number of bytes of its older generations.
-        live: Whether a manager has the state open; `None` if the storage cannot tell.
+        live: Whether a manager has the state open; `None` if it is not known.
         holder: The process that has the state open, for a message; `None` if there is none, or if it is not known.
     """
 

@@ -118,7 +118,7 @@ class Durability:
         durable_revision: Every change up to this revision is durable.
         loop: The event loop of `start()`. After `move`, it is the event loop of `stop()`.
         write_through: Whether each write waits until it is durable, because `flush_interval` is 0.
-        refusal: The error of every write, because no further change can become durable; `None` if writes are accepted.
+        refusal: The error that every write raises, because no further change can become durable; `None` if writes are accepted.
         refused: A callback that is called after `refusal` is set.
     """
 
@@ -179,7 +179,7 @@ class Durability:
         # This test is cheaper than `check_loop`, which makes a system call in some versions of Python.
         if get_ident() != self._thread or not self.loop.is_running():
             self.check_loop()
-        self._wake.set()  # the task commits then: the caller has checked that writes are accepted
+        self._wake.set()  # the task will commit, because the caller has checked that writes are accepted
         # This repeats the body of `Waiters.wait`, because a coroutine for each writer takes time.
         future: asyncio.Future[None] = self.loop.create_future()
         self._waiters.next.append((revision, future))
@@ -231,7 +231,7 @@ class Durability:
         await self._confirming.wait(self._confirming.next, self._wanted)
 
     def _must_wait(self, revision: int, *, even_durable: bool = False) -> bool:
-        """Return whether a revision is not durable yet. Raise an error if it never will be.
+        """Return whether a revision is not durable yet. Raise an error if it will never become durable.
 
         With `even_durable`, a durable revision counts as not durable.
         """

@@ -31,7 +31,7 @@ _AHEAD = 3
 """The heap has the keys of this many seconds, beginning with the current second. The time between two sweeps is shorter."""
 
 _LEFT_BEHIND = 4
-"""The largest number of heap items that a sweep examines for each key that it may remove. Deleted keys leave items behind."""
+"""The largest number of heap items that a sweep examines for each key that it may remove. Deleted keys leave items in the heap."""
 
 
 def resumed(time: int, wall: int, now: float) -> tuple[float, float]:

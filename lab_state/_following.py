@@ -28,7 +28,7 @@ _OBJECT_OR_ARRAY = (b"{", b"[")
 def stored_of(data: bytes | bytearray | memoryview | Raw) -> Value:
     """Return a value as a manager stores it: a scalar decoded, any other value as JSON.
 
-    The result does not keep `data` alive. If `data` is invalid JSON, so is the result, and a read raises an error.
+    The result does not keep `data` in memory. If `data` is invalid JSON, so is the result, and a read raises an error.
     """
     held = bytes(data)
     if held[:1] in _OBJECT_OR_ARRAY:

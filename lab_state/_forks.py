@@ -2,7 +2,7 @@
 
 A child has the memory and the descriptors of its parent, but only the thread that forked.
 An `flock` belongs to the open file, which parent and child share. So the lock would stay held
-while the child lives, even after the parent has ended. Therefore the child closes the inherited
+while the child runs, even after the parent has ended. Therefore the child closes the inherited
 descriptors. An object that was in use at the fork refuses all calls in the child. An object that was
 idle at the fork can be used in the child as in any other process.
 """
@@ -42,7 +42,7 @@ def disown_in_children(inherited: Inherited) -> None:
 
 
 def keep(*inherited: object) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-    """Keep references to these objects as long as the child lives.
+    """Keep references to these objects as long as the child runs.
 
     If the objects were collected, the `finally` blocks of their tasks would run, and their
     connections would be closed. Closing a connection removes its socket from the selector, and

@@ -17,7 +17,7 @@ A frame of the kind `E` ends a journal: every frame before it was synced. The ne
 the place of `E`. So bytes after an `E` belong to a torn frame whose beginning, in the place of the `E`, was not written.
 
 The WAL repair of etcd and `kPointInTimeRecovery` of RocksDB follow the same rule. But their writers
-may have several frames in flight, so they cannot always tell the two cases apart.
+may have several frames in flight, so they cannot always distinguish the two cases.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Decoded(NamedTuple):
     Attributes:
         state: The content of the state.
         durable_revision: Every change up to this revision is certainly durable.
-        live: Whether a writer has the state open; `None` if the storage cannot tell.
+        live: Whether a writer has the state open; `None` if it is not known.
         path: The place of the state, for messages.
         size: The number of bytes of the snapshot and the records.
     """

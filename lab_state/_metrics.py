@@ -1,4 +1,4 @@
-"""`Metrics`, the counts for a monitoring system, and the counters behind them."""
+"""`Metrics`, the counts for a monitoring system, and the counters from which they are made."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
 
 
 def _others(listed: list[FoundGeneration], at: At) -> list[FoundGeneration]:
-    """Return the generations that have a revision, too, apart from the newest one. The newest comes first.
+    """Return the generations that have a revision, the newest first. The newest of all is left out, because `find` returns it.
 
     A generation may end at the revision of the next snapshot. Then both generations have that revision.
     """

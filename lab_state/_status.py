@@ -23,7 +23,7 @@ class MirrorStatus(msgspec.Struct, frozen=True, kw_only=True):
             manager does not run.
         revision: The revision of the mirror; `None` while it is not known.
         error: The error of the last attempt to send changes to the cache; `None` if that
-            attempt succeeded. The manager tries again by itself.
+            attempt succeeded. The manager tries again automatically.
     """
 
     up: bool = False

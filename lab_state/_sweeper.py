@@ -26,7 +26,7 @@ _GAP = 0.02
 class Sweeper:
     """The timer that sweeps one state.
 
-    The timer is set while any key has an expiry, unless a sweep is put off. It fires at least once a second. While there
+    The timer is set while any key has an expiry, unless a sweep is postponed. It fires at least once a second. While there
     is a watch, it also fires when a key is due.
     """
 
@@ -59,7 +59,7 @@ class Sweeper:
         self._begun = begun
         self._timer: Timer | None = None
         self._due = 0.0  # the time at which the timer fires
-        self._put_off = False  # whether a sweep was put off, because `busy` returned True
+        self._put_off = False  # whether a sweep was postponed, because `busy` returned True
         self._looking_ahead = False
         state.expiries.on_first = self._first
         if state.expiries:
@@ -80,7 +80,7 @@ class Sweeper:
             self._look_ahead()
 
     def resume(self) -> None:
-        """Run the sweep that was put off, if there is one.
+        """Run the sweep that was postponed, if there is one.
 
         This is called at the end of each transaction, before the next one begins. A sweep that waited for the timer
         instead could find an open transaction each time.
@@ -118,7 +118,7 @@ class Sweeper:
         return min(_PERIOD, max(left, _GAP)) if left > 0 else 0.0
 
     def _arm(self, delay: float) -> None:
-        """Set the timer to fire in `delay` seconds, unless it is set to fire earlier. Do nothing while a sweep is put off."""
+        """Set the timer to fire in `delay` seconds, unless it is set to fire earlier. Do nothing while a sweep is postponed."""
         due = self._clock.monotonic() + delay
         if self._put_off or (self._timer is not None and self._due <= due):
             return

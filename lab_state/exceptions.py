@@ -124,7 +124,7 @@ class StorageError(LabStateError):
 class ConflictError(LabStateError):
     """Something that a transaction has read was changed meanwhile: run the transaction again. The transaction has changed nothing.
 
-    `Manager.transact` runs the transaction again by itself. Only a shared state raises this error, because in
+    `Manager.transact` runs the transaction again automatically. Only a shared state raises this error, because in
     any other state no write is made while a transaction is open.
     """
 

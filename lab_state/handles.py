@@ -107,8 +107,8 @@ class Scope(Calls):
             UnavailableError: At the beginning or at the end: the flush task has ended; see
                 `Status.task_failure`. Nothing was changed.
             StorageError: At the end, with a `flush_interval` of 0: the changes are made in memory,
-                but not durable yet. The manager tries again by itself. In a shared state, the owner may not
-                have answered: `outcome` of the error says whether the changes were made.
+                but not durable yet. The manager tries again automatically. In a shared state, the owner may
+                not have answered: `outcome` of the error says whether the changes were made.
         """
         return self._transaction()
 
@@ -157,7 +157,7 @@ class Scope(Calls):
             ClosedError: The manager is not running, or was stopped meanwhile. Nothing was changed.
             FencedError: A newer writer owns the state. Nothing was changed.
             StorageError: With a `flush_interval` of 0: the changes are made in memory, but not durable yet.
-                The manager tries again by itself. In a shared state, see `transaction`.
+                The manager tries again automatically. In a shared state, see `transaction`.
         """
         check_callable("transact", fn)
         seed: Any = None

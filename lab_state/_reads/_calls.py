@@ -90,7 +90,7 @@ class Reads(Ranges):
             KeyNotFoundError: The key is missing, and there is no default.
             InvalidKeyError: No state can have this key.
             TypeMismatchError: The stored value cannot be decoded as `type`. `error.path` is the path to the part that does not fit.
-            TypeError: The type cannot be decoded, whatever the value is; the message says why.
+            TypeError: The type cannot be decoded from any value; the message says why.
                 Or the default is a class: to decode the value, pass the class as `type`.
         """
         if default is not MISSING and default is not None:

@@ -34,7 +34,7 @@ _NOT_THERE = {errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EPROTOTYPE, 
 class OwnSocket(socket.socket):
     """A stream socket of this process. A forked child closes its copy.
 
-    Otherwise a child that lives longer than its parent would keep the connections of the parent, and
+    Otherwise a child that runs longer than its parent would keep the connections of the parent, and
     the process at the other end would wait for a process that has ended. Make the socket in the thread of
     the event loop, before it is bound or connected. So a fork finds it registered before it has a connection.
     """

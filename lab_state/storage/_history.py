@@ -36,7 +36,7 @@ class FoundState(NamedTuple):
         name: Its name.
         size: The number of bytes that a start loads.
         history: The number of bytes of its history. A file in use that is linked there already is not counted.
-        live: Whether a writer has the state open; `None` if the storage cannot tell.
+        live: Whether a writer has the state open; `None` if it is not known.
         holder: The process that has the state open, for a message; `None` if there is none, or if it is not known.
     """
 

@@ -64,7 +64,7 @@ class Reading(NamedTuple):
         durable: The number of these records, counted from the first, that are certainly durable.
             The snapshot is durable too. A crash may still lose the other records: a
             running writer may be about to sync the last record.
-        live: Whether a writer has the state open; `None` if the storage cannot tell.
+        live: Whether a writer has the state open; `None` if it is not known.
         path: The place of the state, for messages, without credentials.
         crc32: The CRC-32 of the snapshot. If it is `None`, lab_state computes it.
     """

@@ -127,7 +127,7 @@ class ReadingConformance(Hooks):
         assert await (await read_state(NAME, self.make_storage())).get_all() == seen[-1]
 
     async def test_read_can_be_cancelled_at_every_await(self) -> None:
-        """A cancelled reading leaves nothing behind that would stop a writer."""
+        """A cancelled reading leaves nothing that would stop a writer."""
         async with opened(self.make_storage()) as session:
             await session.commit(b"1", given(b"{}"))
             for number in range(400):
