@@ -32,7 +32,7 @@ async def list_states(storage: Storage) -> list[StateInfo]:
 
     The call takes no lock, reads no state and writes nothing. On disk, a state is a file `<name>.json`, `<name>.journal` or
     `<name>.lock`, or a history. So a JSON file of another program is listed as well: a manager with its name would load it.
-    The files of a state may change between the call and its end. If the caller is cancelled, nothing stays open.
+    The files of a state may change during the call. If the caller is cancelled, nothing stays open.
 
     Args:
         storage: The storage.
@@ -49,14 +49,14 @@ async def remove_state(name: str, storage: Storage, *, history: bool = False) ->
     """Remove a state that no manager has open.
 
     The history stays, and gets the last generation. So `restore_state(name, storage, at, into=name)` brings the state back. A
-    storage without a history deletes the state for good. With `history=True` the history is removed, too.
+    storage without a history deletes the state permanently. With `history=True` the history is removed, too.
 
     On disk, the call deletes all files of the state but its lock and, without `history=True`, its history. It does not
     delete `<name>.damaged-<time>/`, nor files in the history that lab_state has not made. A crash during the call leaves the
     state as it was, or a state that `start()` refuses, or no state: then call again. If the caller is cancelled, the removal
     goes on. A second call raises `UnsupportedError`, unless there is still a history.
 
-    A new state of this name begins at revision 0. With a history of the removed state, its revisions have two meanings; see
+    A new state of this name begins at revision 0. If the history of the removed state is kept, a revision may exist twice; see
     `read_state`. So remove the history as well if the name is used for another state.
 
     Args:

@@ -28,7 +28,7 @@ class StateType(click.ParamType[Target]):
             self.fail(str(error), param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the states and the directories whose names begin so."""
+        """Return the states and the directories whose names begin with the incomplete text."""
         return [CompletionItem(name) for name in complete(incomplete)]
 
 

@@ -96,7 +96,7 @@ class Client:
         return holder is not None and self._files.refusal(self._name, holder) is None
 
     def welcomed(self, welcome: Welcome) -> None:
-        """Note what the owner says of itself and of the state. The open call is sent on each connection."""
+        """Note the pid of the owner, and the revision and time of the state. The open call is sent on each connection."""
         self.pid, self._epoch = welcome.pid, welcome.epoch
         self._unsent = self._frame
         self.named(welcome.revision)

@@ -26,7 +26,7 @@ NO_STATE = "there is no state at "
 """The beginning of the message of each storage that has no state of a name."""
 
 
-class Stop(Exception):  # noqa: N818 -- it may also end a command that has found a difference, which is no error
+class Stop(Exception):  # noqa: N818 -- it may also end a command that has found a difference, which is not an error
     """The end of a subcommand with an exit code, and a message for stderr, if there is one."""
 
     def __init__(self, code: int, message: str = "") -> None:

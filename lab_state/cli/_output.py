@@ -92,7 +92,7 @@ class Output:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is collected.
+        """Write the collected bytes.
 
         Raises:
             BrokenPipeError: The reader has closed the pipe.

@@ -21,7 +21,7 @@ def asynchronous(
 ) -> Callable[P, None]:
     """Return a function for click, which runs a coroutine function on an event loop of its own. The coroutine gets the output.
 
-    Ctrl-C ends a subcommand that reads at once. One that `writes` is cancelled, so it ends what it has begun.
+    Ctrl-C ends a reading subcommand at once. A subcommand that `writes` is cancelled, so it can complete a write that has begun.
 
     Raises:
         Stop: The subcommand ends with another exit code than 0.

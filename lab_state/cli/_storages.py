@@ -36,7 +36,7 @@ async def read(target: Target, at: str | None = None) -> StateView:
     """Read a state without its lock: as it is now, or at a moment.
 
     Raises:
-        ValueError: The moment is none, or the storage does not keep it.
+        ValueError: `at` is not a moment, or the storage does not have it.
         LabStateError: See `read_state`.
     """
     return await read_state(target.name, storage_at(target.place), **moment(at))

@@ -14,7 +14,7 @@ _LARGEST_TEN = 10
 
 
 def shown(text: str, encoding: str = "utf-8") -> str:
-    r"""Return a text in one line, which a terminal shows as it is. A backslash is doubled, so no two texts look the same.
+    r"""Return a text in one line, which a terminal shows as it is. A backslash is doubled, so different texts have different results.
 
     A character that cannot be printed, or that the encoding does not have, is escaped: `\n`, `\x1b`, `\u202e`.
     """

@@ -20,7 +20,7 @@ from lab_state.storage._protocol import Storage
 from lab_state.storage.file import FileStorage
 
 EVERY = 0.2
-"""The seconds between two looks at the files of a state."""
+"""The seconds between two checks of the files of a state."""
 
 EVERY_IN_A_BUCKET = 5.0
 """The seconds between two readings of a state in a bucket. Each of them costs some requests, and transfers the state."""
@@ -117,7 +117,7 @@ async def _poll(storage: Storage, state: Target, printer: _Printer, last: int | 
 
 
 def _fingerprint(storage: Storage, state: Target) -> object:
-    """Return what changes with the files of a state; `None` if this cannot be told."""
+    """Return a value that changes when the files of a state change; `None` for a storage without files."""
     if not isinstance(storage, FileStorage):
         return None
     found: list[object] = []

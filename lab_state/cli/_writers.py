@@ -1,4 +1,4 @@
-"""The writer of a subcommand: of a state that is stopped, or by way of the owner of a shared state that runs."""
+"""The writer of a subcommand. It opens a state that is stopped, or sends its calls to the owner of a running shared state."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def _names_in(directory: str) -> list[str]:
 
 
 def _state(paths: Paths, name: str) -> FoundState | None:
-    """Return a state; `None` if there are no files of it, but only directories and other things with such names."""
+    """Return a state; `None` if only directories, links or special files have its names."""
     sizes = {path: _status(path) for path in (paths.snapshot, paths.journal, paths.lock)}
     found = {path: status for path, status in sizes.items() if status is not None}
     history = _history_of(paths, {(status.st_dev, status.st_ino) for status in found.values()})
@@ -106,7 +106,7 @@ def remove_state(directory: str, name: str, *, history: bool) -> None:
 
 
 def _keep_last(paths: Paths, name: str) -> None:
-    """Link the last generation into the history. A damaged one is of no use there."""
+    """Link the last generation into the history, unless it is damaged."""
     snapshot = fs.read(paths.snapshot)
     base = NO_BASE if snapshot is None else journal.base_of(len(snapshot), zlib.crc32(snapshot))
     with contextlib.suppress(CorruptionError):
@@ -116,8 +116,8 @@ def _keep_last(paths: Paths, name: str) -> None:
 def _remove_files(paths: Paths, name: str) -> None:
     """Delete the files of a state, except its lock.
 
-    The snapshot goes first. Without it, a journal that follows it is refused, and a journal that needs no snapshot is still
-    the whole state. So a crash never leaves an older state that opens without a word.
+    The snapshot is deleted first. Without it, a journal that follows it is refused, and a journal that needs no snapshot is
+    still the whole state. So a crash never leaves an older state that could be loaded.
     """
     for path in (paths.snapshot, paths.journal):
         fs.delete(path)
@@ -129,7 +129,7 @@ def _remove_files(paths: Paths, name: str) -> None:
 
 
 def _remove_history(paths: Paths) -> None:
-    """Delete a history, each journal before its snapshot. Files with other names stay, and then the directory does, too."""
+    """Delete a history, each journal before its snapshot. If there are files with other names, they and the directory stay."""
     files = [file for file in map(parse_name, lookup.names_in(paths.history)) if file is not None]
     delete(paths.history, (file for file in files if not file.is_snapshot))
     fs.sync_directory(paths.history)

@@ -77,7 +77,7 @@ def _migrated(schema: Schema, version: int, file: Path) -> dict[str, _Kept]:
 
 
 def _state_of(found: LoadedState) -> State:
-    """Return a state whose time stands still, at the time of the file."""
+    """Return a state whose time is that of the file, and does not advance."""
     state = State(start=found.time / 1000)
     state.load(found.entries, found.revision, found.expires)
     return state
