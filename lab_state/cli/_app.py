@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lab_state.cli import _diff, _files, _stats, _values, _verify, _watch, _write
+from lab_state.cli import _diff, _files, _migrate, _stats, _values, _verify, _watch, _write
 from lab_state.cli._arguments import STATE
 from lab_state.cli._exits import INTERRUPTED, USAGE, Stop
 from lab_state.cli._output import note
@@ -242,3 +242,26 @@ def load(state: Target, **options: Any) -> None:
 def edit(state: Target, key: str, **options: Any) -> None:
     """Edit one value in $EDITOR. Nothing is written if the key was changed meanwhile. An expiry is kept."""
     asynchronous(_write.edit, writes=True)(state, key, **options)
+
+
+@subcommand("lab-state migrate --dry-run app:schema state/shop")
+@click.argument("schema", metavar="MODULE:SCHEMA")
+@click.argument("state", type=STATE)
+@click.option("--dry-run", is_flag=True, help="Print what would change, and write nothing. The state may be in use.")
+@depose_option
+@json_option
+def migrate(schema: str, state: Target, **options: Any) -> None:
+    """Migrate a state that is stopped to the schema of an application, as one change."""
+    asynchronous(_migrate.migrate, writes=True)(schema, state, **options)
+
+
+@subcommand("lab-state check app:schema state/shop")
+@click.argument("schema", metavar="MODULE:SCHEMA")
+@click.argument("state", type=STATE)
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Print at most so many values."
+)
+@nl_option
+def check(schema: str, state: Target, **options: Any) -> None:
+    """Print the values that are not of the types of a schema. The exit code is 1 if there are any."""
+    asynchronous(_migrate.check)(schema, state, **options)

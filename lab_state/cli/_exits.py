@@ -8,6 +8,8 @@ from lab_state.exceptions import (
     FencedError,
     LabStateError,
     LockedError,
+    MigrationError,
+    SchemaError,
     StorageError,
 )
 
@@ -45,7 +47,8 @@ def code_of(error: LabStateError | ValueError | ImportError) -> int:
 
     A `ValueError` is about an argument, and so is an `ImportError`: the extra for the storage is missing.
     """
-    if isinstance(error, StorageError) and str(error).startswith(NO_STATE):
+    is_missing = isinstance(error, StorageError) and str(error).startswith(NO_STATE)
+    if is_missing or isinstance(error, MigrationError | SchemaError):
         return NOT_FOUND
     if isinstance(error, LockedError | FencedError):
         return LOCKED

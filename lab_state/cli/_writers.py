@@ -13,6 +13,7 @@ from msgspec import Raw
 
 from lab_state._codec import decode_record
 from lab_state._entries import Expiring
+from lab_state._migrations import ANY
 from lab_state._values import encode_value
 from lab_state.cli._client import PATIENCE, Client
 from lab_state.cli._exits import LOCKED, Stop
@@ -81,7 +82,7 @@ async def writer(target: Target, *, create: bool = False, depose: bool = False) 
             f"{target} may be open in a process: a bucket has no lock that would show it, and a new writer deposes that process. "
             "Stop it first, and add --depose",
         )
-    manager = Manager(Config(name=target.name, flush_interval=None), storage)
+    manager = Manager(Config(name=target.name, flush_interval=None), storage, schema=ANY)
     client = Client(storage, target.name) if isinstance(storage, FileStorage) else None
     try:
         if await _is_shared(client, manager):

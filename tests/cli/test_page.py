@@ -11,9 +11,11 @@ from command import command
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+APPLICATION = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CHANGING = (
     (re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z"), "TIME"),
     (re.compile(r'"(wall|expires|next|first_wall|last_wall)":\d{13}'), r'"\1":0'),
+    (re.compile(r"\b\d+\.\d{3} s\b"), "SECONDS"),
     (re.compile(r"\bpid \d+ on [\w.:?-]+, since [\d:T+-]+"), "HOLDER"),
 )
 
@@ -38,7 +40,9 @@ def settled(text: str) -> str:
 async def test_the_examples_print_what_the_page_shows(tmp_path: Path) -> None:
     """Each command of the page prints what stands below it."""
     (tmp_path / "prices.json").write_text('{"price/apple": 3, "price/pear": 4}')
-    shown = examples(ROOT / "docs" / "command.md")
+    page = ROOT / "docs" / "command.md"
+    (tmp_path / "app.py").write_text("".join(APPLICATION.findall(page.read_text())))
+    shown = examples(page)
     assert len(shown) > 15
     for line, expected in shown:
         words, given = shlex.split(line), b""
