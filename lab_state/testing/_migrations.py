@@ -13,6 +13,7 @@ from lab_state._migrations._chain import migrate, misfits
 from lab_state._migrations._draft import StateDraft
 from lab_state._state import State
 from lab_state._types import decode_value
+from lab_state.storage import _fs as fs
 
 
 def check_migrations(schema: Schema, directory: str | os.PathLike[str]) -> None:
@@ -39,10 +40,11 @@ def check_migrations(schema: Schema, directory: str | os.PathLike[str]) -> None:
     """
     checked_schema(schema)
     files = [Path(directory) / f"v{version}.json" for version in range(1, schema.version + 1)]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
+    contents = [(file, data) for file in files if (data := fs.read(str(file))) is not None]
+    if len(contents) < len(files):
+        missing = [file.name for file in files if file not in dict(contents)]
         raise AssertionError(f"{directory} lacks {', '.join(missing)}: add one file for each version")
-    states = [_migrated(schema, version, file) for version, file in enumerate(files, 1)]
+    states = [_migrated(schema, version, *content) for version, content in enumerate(contents, 1)]
     newest = states[-1]
     for file, state in zip(files, states, strict=True):
         for key in sorted(newest.keys() | state.keys()):
@@ -55,9 +57,9 @@ class _Kept(NamedTuple):
     at: int | None
 
 
-def _migrated(schema: Schema, version: int, file: Path) -> dict[str, _Kept]:
+def _migrated(schema: Schema, version: int, file: Path, data: bytes) -> dict[str, _Kept]:
     """Return the state of a file after the migrations from its version on."""
-    found = decode_snapshot(file.read_bytes(), str(file))
+    found = decode_snapshot(data, str(file))
     if found.revision and found.versions.schema != version:
         raise AssertionError(
             f"{file.name} has version {found.versions.schema} of the schema: its name must be that version"
