@@ -24,7 +24,7 @@ def check_migrations(schema: Schema, directory: str | os.PathLike[str]) -> None:
     one file. The file of the newest version says what all migrations together must result in. Expiry times are
     compared as well, and each value is checked against the types of the schema.
 
-    The call reads files, and runs the migrations. It needs no event loop.
+    The call reads files, and runs the migrations. It needs no event loop, and blocks one.
 
     Args:
         schema: The schema.
@@ -36,7 +36,7 @@ def check_migrations(schema: Schema, directory: str | os.PathLike[str]) -> None:
         CorruptionError: A file cannot be read as a state.
         ValueError: The schema lacks a migration.
         TypeError: `schema` is not a `Schema`.
-        OSError: A file cannot be read.
+        StorageError: A file cannot be read.
     """
     checked_schema(schema)
     files = [Path(directory) / f"v{version}.json" for version in range(1, schema.version + 1)]

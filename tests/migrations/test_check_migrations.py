@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,12 @@ async def test_files_of_states(tmp_path: Path, clock: ManualClock) -> None:
                 await state.set("users/a", {"name": "A B"}, ttl=100)
         (tmp_path / "app.json").rename(tmp_path / f"v{number}.json")
         (tmp_path / "app.json").write_bytes((tmp_path / f"v{number}.json").read_bytes())
-    check_migrations(SCHEMA, tmp_path)
+    await asyncio.to_thread(check_migrations, SCHEMA, tmp_path)
     first = (tmp_path / "v1.json").read_bytes()
     (tmp_path / "v1.json").write_text('{"users/a": {"name": "A B"}}')
     with pytest.raises(AssertionError, match="'people/a' has another expiry time than in"):
-        check_migrations(SCHEMA, tmp_path)
+        await asyncio.to_thread(check_migrations, SCHEMA, tmp_path)
     (tmp_path / "v1.json").write_bytes(first)
     (tmp_path / "v2.json").write_bytes(first)
     with pytest.raises(AssertionError, match=r"v2\.json has version 1 of the schema"):
-        check_migrations(SCHEMA, tmp_path)
+        await asyncio.to_thread(check_migrations, SCHEMA, tmp_path)
