@@ -192,8 +192,8 @@ def scan(data: bytes, name: str, path: str) -> Scan:
         path: The file or object that contains the journal, for messages.
 
     Raises:
-        CorruptionError: The header or acknowledged data is damaged, the kind of a frame is unknown, a frame with the
-            whole state is missing, a frame follows the end of the journal, or the journal belongs to another state.
+        CorruptionError: The header or acknowledged data is damaged. Or the kind of a frame is unknown, a frame with the
+            whole state is missing, or a frame follows the end of the journal. Or the journal belongs to another state.
         UnsupportedError: A newer version of lab_state wrote the journal.
     """
     head, position = _read_header(data, name, path)

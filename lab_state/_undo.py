@@ -1,7 +1,7 @@
 """Views of a map at one moment, while the map changes. Pure and synchronous.
 
-Theory of operation. A view has a dict `_old`. Before a key is changed for the first time after
-the moment of the view, its value at that moment is put into `_old`, if the key existed. So a key that existed at
+Theory of operation. A view has a dict `_old`. Before a key changes for the first time since the view was
+opened, its old value is put into `_old`, if the key existed. So a key that existed at
 that moment, and is not in `_old`, still has the same value. The reader of the view has a list of the keys
 that existed. An open view costs one lookup for each key that changes. Reads of the map cost the same as
 without a view.

@@ -47,9 +47,9 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             can start at any time.
         shared: Whether several processes of this machine use the state. A shared state
             needs a `FileStorage`.
-        owner_timeout: Seconds for which a write, `catch_up()` or `start()` of a shared state waits
-            for a process that owns the state, or for a sign of life of that process, above 0. After
-            this time, the call raises `UnavailableError`, and `start()` may raise `LockedError` instead.
+        owner_timeout: Seconds for which a call of a shared state waits for an owner, or for a sign of
+            life of the owner, above 0. These calls are writes, `catch_up()` and `start()`. After this
+            time, the call raises `UnavailableError`, and `start()` may raise `LockedError` instead.
             An owner gives one sign of life each second. So a running owner counts as silent after 2
             seconds at the earliest, even if this value is smaller.
         migrate: Whether `start()` migrates a state whose schema is older than that of the code; see `Schema`. With

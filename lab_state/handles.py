@@ -94,12 +94,12 @@ class Scope(Calls):
         block raises `ConflictError`. `transact` catches this error, and runs the transaction again.
 
         Raises:
-            ConflictError: In a shared state, from a read in the block, or at the end of the block: something that
-                the transaction has read has changed meanwhile. The transaction changed nothing. Run it again.
-            RuntimeError: In a state that is not shared, at the beginning, and from each writing call
-                of the manager inside the block: this task is inside a transaction of the same
-                manager, and would wait for itself. Use the methods of that transaction. Also at the
-                beginning, in every state: this is not the event loop of `start()`.
+            ConflictError: Something that the transaction has read was changed meanwhile. Only a shared state raises
+                this error, from a read in the block or at its end. The transaction changed nothing. Run it again.
+            RuntimeError: This task is inside another transaction of the same manager, and would wait for
+                itself. Only a state that is not shared raises this, at the beginning, and from a writing
+                call of the manager in the block. Use the methods of the open transaction. Or, at the
+                beginning: this is not the event loop of `start()`.
             ClosedError: At the beginning: the manager is not running. At the end: the manager
                 was stopped meanwhile, and nothing was changed.
             FencedError: At the beginning or at the end: a newer writer owns the state.

@@ -1,7 +1,7 @@
 """List and read the generations of a state on disk, while a writer may have it open. The calls block.
 
-No file is created, changed or locked, as in `_file_reader`. A list needs only the ends of files: the
-name of a file has the first revision of its generation, and the last record of the journal has the last one.
+No file is created, changed or locked, as in `_file_reader`. A list needs only the ends of files. The name
+of a file has the first revision of its generation. The last record of the journal has the last revision.
 """
 
 from __future__ import annotations
