@@ -22,6 +22,7 @@ may have several frames in flight, so they cannot always distinguish the two cas
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zlib
@@ -233,6 +234,30 @@ def last_content(end: bytes, salt: str) -> Frame | None:
         if found is not None and found[0] in (b"R", b"F"):
             return Frame(FrameKind(found[0].decode()), found[1])
     return None
+
+
+class FoundFrame(NamedTuple):
+    """A valid frame in a journal that may be damaged: its kind, its payload, and the offsets of its first byte and after its last byte."""
+
+    kind: FrameKind
+    payload: bytes
+    start: int
+    end: int
+
+
+def valid_frames(data: bytes, salt: str) -> Iterator[FoundFrame]:
+    """Yield each valid frame of a journal, and leave out all bytes between them. Only a repair reads a damaged journal."""
+    position = 0
+    while True:
+        start: int | None = position
+        if (found := _frame_at(data, position, salt)) is None:
+            start = _valid_frame_behind(data, position, salt)
+            found = None if start is None else _frame_at(data, start, salt)
+        if start is None or found is None:
+            return
+        kind, payload, position = found
+        with contextlib.suppress(ValueError):  # a kind that no version of lab_state has written
+            yield FoundFrame(FrameKind(kind.decode()), payload, start, position)
 
 
 def read_header(data: bytes, name: str, path: str) -> Header:

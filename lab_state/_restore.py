@@ -99,7 +99,7 @@ async def _restore_new(  # noqa: PLR0917 -- all are needed, and each means somet
     found = (await load_at(name, storage, at, clock.time())).state
     session = await history.open_new(target)
     try:
-        await session.checkpoint(_snapshot(found, found.revision, _time(found, clock), clock))
+        await session.checkpoint(snapshot_source(found, found.revision, _time(found, clock), clock))
     finally:
         await session.aclose()
     return Restored(found.revision, None)
@@ -122,7 +122,7 @@ async def _restore_in_place(  # noqa: PLR0917 -- as above
         revision, before = max(revision, present.state.revision + 1), present.state.revision
         if present.state.time:
             time = _time(present.state, clock)  # the state's own clock goes on
-    kept = await restoring.put(_snapshot(found, revision, time, clock), is_damaged=is_damaged)
+    kept = await restoring.put(snapshot_source(found, revision, time, clock), is_damaged=is_damaged)
     if kept is not None:
         _logger.warning("%s: the damaged files are kept in %s; delete them when they are no longer needed", name, kept)
     return Restored(revision, before)
@@ -133,7 +133,7 @@ def _time(state: LoadedState, clock: Clock) -> float:
     return resumed(state.time, state.wall, clock.time())[0]
 
 
-def _snapshot(state: LoadedState, revision: int, time: float, clock: Clock) -> SnapshotSource:
+def snapshot_source(state: LoadedState, revision: int, time: float, clock: Clock) -> SnapshotSource:
     """Return a source of the snapshot of a restored state. Keys that have expired by `time` are left out.
 
     It has no results of calls of other processes: the restored state is another one.

@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
-from lab_state.cli import _diff, _files, _migrate, _stats, _values, _verify, _watch, _write
-from lab_state.cli._arguments import STATE
+from lab_state.cli import _diff, _doctor, _files, _migrate, _moments, _repair, _stats, _values, _verify, _watch, _write
+from lab_state.cli._arguments import PLACE, STATE
 from lab_state.cli._exits import INTERRUPTED, USAGE, Stop
 from lab_state.cli._output import note
 from lab_state.cli._run import asynchronous
-from lab_state.cli._target import Target
+from lab_state.cli._target import Place, Target
 from lab_state.cli._when import parse_when
 
 PROGRAM = "lab-state"
@@ -89,6 +89,14 @@ def run() -> None:
         if stop.message:
             note(f"{PROGRAM}: {stop.message}")
         sys.exit(stop.code)
+
+
+@subcommand("lab-state ls state")
+@click.argument("directory", type=PLACE)
+@nl_option
+def ls(directory: Place, **options: Any) -> None:
+    """Print the states in a directory or under s3://bucket/prefix: keys, bytes, revision, age and holder."""
+    asynchronous(_moments.ls)(directory, **options)
 
 
 @subcommand("lab-state get state/shop stock/apple")
@@ -190,6 +198,47 @@ def backup(state: Target, target: str, **options: Any) -> None:
 def copy(source: Target, target: Target, **options: Any) -> None:
     """Copy a state to another place, read the copy back, and compare it."""
     asynchronous(_files.copy, writes=True)(source, target, **options)
+
+
+@subcommand("lab-state history state/shop stock/apple")
+@click.argument("state", type=STATE)
+@click.argument("key", required=False)
+@json_option
+@nl_option
+def history(state: Target, key: str | None, **options: Any) -> None:
+    """Print the generations that can be read with --at, or each stored change of a key."""
+    asynchronous(_moments.history)(state, key, **options)
+
+
+@subcommand("lab-state restore state/shop --at 'yesterday 18:00' --into shop")
+@click.argument("state", type=STATE)
+@click.option("--at", metavar="WHEN", required=True, help="The moment; for the forms, see lab-state --help.")
+@click.option(
+    "--into", metavar="NAME", required=True, help="The name of a new state, or the same name to restore in place."
+)
+@click.option("--dry-run", is_flag=True, help="Print what a restore in place would change.")
+@depose_option
+@json_option
+def restore(state: Target, **options: Any) -> None:
+    """Restore a moment of a state, as a new state or in place. The state must be stopped to restore in place."""
+    asynchronous(_moments.restore, writes=True)(state, **options)
+
+
+@subcommand("lab-state repair --dry-run state/shop")
+@click.argument("state", type=STATE)
+@click.option("--dry-run", is_flag=True, help="Print what is lost, and change nothing.")
+@json_option
+def repair(state: Target, **options: Any) -> None:
+    """Make a damaged state loadable. Its files are kept, and what is lost is listed. The state must be stopped."""
+    asynchronous(_repair.repair, writes=True)(state, **options)
+
+
+@subcommand("lab-state doctor state/shop")
+@click.argument("state", type=STATE)
+@json_option
+def doctor(state: Target, **options: Any) -> None:
+    """Report on holder, socket, permissions, file system, room, and what a store honours."""
+    asynchronous(_doctor.doctor)(state, **options)
 
 
 @subcommand("lab-state set state/shop stock/apple 12", name="set")

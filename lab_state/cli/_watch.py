@@ -11,12 +11,13 @@ from lab_state._codec import LoadedState, decode_record, replay
 from lab_state._loading import load
 from lab_state.cli._changes import Change, between, newer, of_record, text_of
 from lab_state.cli._client import Client
+from lab_state.cli._moments import readings
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
 from lab_state.cli._when import parse_when
 from lab_state.storage._directory import Paths
-from lab_state.storage._protocol import Storage
+from lab_state.storage._protocol import Reading, Storage
 from lab_state.storage.file import FileStorage
 
 EVERY = 0.2
@@ -146,13 +147,21 @@ async def advance(now: LoadedState, storage: Storage, name: str, prefix: str) ->
 
 
 async def tail(output: Output, state: Target, prefix: str, *, since: str | None, nl: bool) -> None:
-    """Print the changes that the journal has, oldest first."""
+    """Print the changes that the journal has, oldest first. With a moment, begin in the history."""
     printer = _Printer(output, prefix, nl=nl)
     moment = None if since is None else parse_when(since, datetime.now().astimezone())
-    reading = await storage_at(state.place).read(state.name)
+    storage = storage_at(state.place)
+    if moment is None:
+        _print_after(printer, await storage.read(state.name), None)
+        return
+    async for reading in readings(storage, state.name, moment):
+        _print_after(printer, reading, moment)
+
+
+def _print_after(printer: _Printer, reading: Reading, moment: int | datetime | None) -> None:
     for record in map(decode_record, reading.records):
         if moment is None or _is_after(record.end, record.wall, moment):
-            printer.print(of_record(record, prefix))
+            printer.print(of_record(record, printer.prefix))
 
 
 def _is_after(revision: int, wall: int, moment: int | datetime) -> bool:

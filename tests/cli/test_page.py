@@ -16,6 +16,8 @@ CHANGING = (
     (re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z"), "TIME"),
     (re.compile(r'"(wall|expires|next|first_wall|last_wall)":\d{13}'), r'"\1":0'),
     (re.compile(r"\b\d+\.\d{3} s\b"), "SECONDS"),
+    (re.compile(r"\b\d+s\b"), "AGE"),
+    (re.compile(r" +"), " "),
     (re.compile(r"\bpid \d+ on [\w.:?-]+, since [\d:T+-]+"), "HOLDER"),
 )
 

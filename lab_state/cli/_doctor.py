@@ -1,0 +1,181 @@
+"""The subcommand `doctor`: a report on what a state needs to work. Nothing of the state is changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lab_state._catalog import list_states
+from lab_state._loading import load
+from lab_state.cli._client import Client
+from lab_state.cli._exits import NO_STATE, Stop, code_of
+from lab_state.cli._output import Output
+from lab_state.cli._storages import storage_at
+from lab_state.cli._target import Target
+from lab_state.cli._text import live_text, size_text
+from lab_state.exceptions import StorageError
+from lab_state.shared._address import address_of
+from lab_state.storage import _fs as fs
+from lab_state.storage._directory import Paths
+from lab_state.storage._proc_locks import MOUNTS
+from lab_state.storage._protocol import Storage
+from lab_state.storage.file import FileStorage
+
+_ROOM = 4 * 1024 * 1024
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_SHARED = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs", "glusterfs")
+"""File systems that other machines may use at the same time. A lock and a sync may do less there."""
+
+
+class Line(NamedTuple):
+    """A line of the report.
+
+    Attributes:
+        subject: What was looked at.
+        is_good: Whether it is as it should be.
+        text: What was found, and what to do.
+    """
+
+    subject: str
+    is_good: bool
+    text: str
+
+
+async def doctor(output: Output, state: Target, *, json: bool) -> None:
+    """Print the report. The exit code is that of a reading of the state."""
+    storage = storage_at(state.place)
+    lines: list[Line] = []
+    size, failure = 0, None
+    try:
+        loaded = await load(state.name, storage)
+    except StorageError as error:
+        if str(error).startswith(NO_STATE):
+            raise
+        failure = error
+        lines.append(Line("content", False, str(error)))
+    else:
+        size = loaded.size
+        found = f"{len(loaded.state.entries)} keys, {size_text(size)}, revision {loaded.state.revision}"
+        lines.append(Line("content", True, f"{found}, durable {loaded.durable_revision}"))
+    lines += await (
+        _of_files(storage, state, size) if isinstance(storage, FileStorage) else _of_a_bucket(storage, state)
+    )
+    if json:
+        output.one(checks=[{"subject": line.subject, "ok": line.is_good, "text": line.text} for line in lines])
+    else:
+        for line in lines:
+            output.line(f"{'ok  ' if line.is_good else 'LOOK'}  {line.subject}: {output.text(line.text)}")
+    if failure is not None:
+        raise Stop(code_of(failure))
+
+
+async def _of_a_bucket(storage: Storage, state: Target) -> list[Line]:
+    """Return what the store honours. The check writes and deletes the object that each start uses for it."""
+    from lab_state.storage.s3 import S3Storage  # noqa: PLC0415 -- only a bucket needs it
+    from lab_state.storage.s3._open import probe  # noqa: PLC0415 -- likewise
+
+    assert isinstance(storage, S3Storage)
+    try:
+        await storage._run(state.name, probe)  # noqa: SLF001 -- a start does the same
+    except StorageError as error:
+        return [Line("store", False, str(error))]
+    return [Line("store", True, "it refuses a write whose condition is not met; a start can write there")]
+
+
+async def _of_files(storage: FileStorage, state: Target, size: int) -> list[Line]:
+    info = next((one for one in await list_states(storage) if one.name == state.name), None)
+    directory = _real(state.place.directory)
+    lines: list[Line] = []
+    if info is not None:
+        lines.append(Line("holder", info.live is not None, info.holder or live_text(info.live)))
+    lines.append(await _socket(storage, state, directory))
+    lines += _permissions(directory, state.name)
+    lines.append(_file_system(directory))
+    free = _free(directory)
+    needed = 2 * size + _ROOM
+    lines.append(Line("room", free >= needed, f"{size_text(free)} free; a checkpoint may need {size_text(needed)}"))
+    lines += _leftovers(directory, state.name)
+    return lines
+
+
+async def _socket(storage: FileStorage, state: Target, directory: str) -> Line:
+    if not _is_there(address_of(directory, state.name).path):
+        return Line("socket", True, "none: the state is not shared, or does not run")
+    client = Client(storage, state.name)
+    try:
+        if await client.connect():
+            return Line("socket", True, f"pid {client.pid} answers, durable revision {client.revision}")
+    except StorageError as error:
+        return Line("socket", False, str(error))
+    finally:
+        await client.aclose()
+    return Line(
+        "socket", False, "no process answers: it is left from a process that was killed, and the next start replaces it"
+    )
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(path)
+
+
+def _is_there(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def _permissions(directory: str, name: str) -> Iterator[Line]:
+    can_write = os.access(directory, os.W_OK | os.X_OK)
+    yield Line("directory", can_write, f"{directory} {'can' if can_write else 'cannot'} be written by this user")
+    for path in Paths.of(directory, name)[1:]:
+        if not _is_there(path):
+            continue
+        status = os.stat(path)
+        owner, mode = status.st_uid, stat.S_IMODE(status.st_mode)
+        text = f"owner {owner}, mode {mode:04o}"
+        if owner != os.geteuid():
+            yield Line(os.path.basename(path), False, f"{text}: the command runs as user {os.geteuid()}")
+        elif mode & _OTHERS:
+            yield Line(os.path.basename(path), False, f"{text}: other users have access")
+        else:
+            yield Line(os.path.basename(path), True, text)
+
+
+def _file_system(directory: str) -> Line:
+    kind = file_system((fs.read(MOUNTS) or b"").decode(errors="replace"), os.stat(directory).st_dev)
+    if kind in _SHARED:
+        return Line(
+            "file system", False, f"{kind}: use a local disk, since other machines may write there without the lock"
+        )
+    return Line(
+        "file system", kind != "tmpfs", f"{kind}{': a restart of the machine deletes the state' * (kind == 'tmpfs')}"
+    )
+
+
+def file_system(mounts: str, device: int) -> str:
+    """Return the type of the file system of a device, from the text of `/proc/self/mountinfo`; `unknown` if it is not there."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in mounts.splitlines():
+        mount, _, rest = line.partition(" - ")
+        if mount.split()[2:3] == [wanted]:
+            return rest.split(" ", 1)[0]
+    return "unknown"
+
+
+def _free(directory: str) -> int:
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+def _leftovers(directory: str, name: str) -> Iterator[Line]:
+    """Yield the files beside a state that a person may want to look at."""
+    for entry in sorted(os.listdir(directory)):
+        if not entry.startswith(f"{name}."):
+            continue
+        for mark, text in (
+            (".replaced-", "another program had put this file in the place of the state; look at it, and delete it"),
+            (".torn-", "the torn end of a journal; you may delete it"),
+            (".damaged-", "the files before a repair; delete them when they are no longer needed"),
+        ):
+            if mark in entry:
+                yield Line(entry, mark == ".torn-", text)

@@ -1,0 +1,77 @@
+"""The subcommand `repair`: it makes a damaged state loadable, keeps its files, and lists what is lost."""
+
+from __future__ import annotations
+
+import time
+
+from lab_state._clock import SystemClock
+from lab_state._expiry import resumed
+from lab_state._loading import load
+from lab_state._restore import snapshot_source
+from lab_state.cli._exits import NO_STATE, NOT_FOUND, UNAVAILABLE, Stop
+from lab_state.cli._output import Output
+from lab_state.cli._salvage import Salvaged, salvage
+from lab_state.cli._storages import storage_at
+from lab_state.cli._target import Target
+from lab_state.exceptions import CorruptionError
+from lab_state.storage import _fs as fs
+from lab_state.storage._directory import Paths
+from lab_state.storage._history import history_of
+from lab_state.storage._protocol import Storage
+
+
+async def repair(output: Output, state: Target, *, dry_run: bool, json: bool) -> None:
+    """Repair a state, or only list what a repair would lose."""
+    if state.place.bucket:
+        raise Stop(
+            UNAVAILABLE,
+            f"{state} is in a bucket: restore an earlier moment with lab-state restore, or an older version of its objects",
+        )
+    storage = storage_at(state.place, create=True)
+    try:
+        await load(state.name, storage)
+    except CorruptionError as error:
+        reason = str(error)
+    else:
+        if json:
+            output.one(repaired=False, lost=[], revision=None, kept=None)
+        else:
+            output.line("the state can be loaded: there is nothing to repair")
+        return
+    if dry_run:
+        saved, revision, kept = _salvaged(state), None, None
+    else:
+        saved, revision, kept = await _repaired(state, storage)
+    if json:
+        output.one(repaired=not dry_run, keys=len(saved.state.entries), lost=saved.lost, revision=revision, kept=kept)
+        return
+    output.line(f"damage: {output.text(reason)}")
+    for sentence in saved.lost:
+        output.line(f"lost: {output.text(sentence)}")
+    done = "a repair would keep" if dry_run else f"revision {revision} has"
+    output.line(f"{done} {len(saved.state.entries)} keys, with the changes up to {saved.state.revision}")
+    if kept is not None:
+        output.line(f"the damaged files are in {kept}; delete them when they are no longer needed")
+
+
+def _salvaged(state: Target) -> Salvaged:
+    paths = Paths.of(state.place.directory, state.name)
+    snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
+    if snapshot is None and data is None:
+        raise Stop(NOT_FOUND, f"{NO_STATE}{paths.snapshot}")
+    return salvage(snapshot, data, state.name)
+
+
+async def _repaired(state: Target, storage: Storage) -> tuple[Salvaged, int, str | None]:
+    """Repair a state under its lock. Return what was saved, the new revision, and the place of the damaged files."""
+    history = history_of(storage)
+    restoring = await history.restoring(state.name)
+    try:
+        saved = _salvaged(state)
+        reached = [one.span.last.revision for one in await history.generations(state.name)]
+        revision = max(saved.highest, await restoring.highest(), *reached) + 1
+        now = resumed(saved.state.time, saved.state.wall, time.time())[0]
+        source = snapshot_source(saved.state, revision, now, SystemClock())
+        return saved, revision, await restoring.put(source, is_damaged=True)
+    finally:
+        await restoring.aclose()

@@ -1,0 +1,156 @@
+"""Decide what can be saved of the damaged files of a state, and what is lost. Pure.
+
+Rules: A change is kept only with all changes before it, so the result is a moment of the state, except where a value in the
+snapshot itself is damaged. Each thing that is lost is listed: bytes, revisions, and keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import NamedTuple
+
+import msgspec
+from msgspec import Raw
+
+from lab_state import _journal as journal
+from lab_state._codec import LoadedState, Meta, decode_record, decode_snapshot, replay
+from lab_state._entries import Stored, Versions
+from lab_state._journal import ANY_BASE, NO_BASE, FoundFrame, FrameKind
+from lab_state._not_json import NOT_JSON
+from lab_state.cli._verify import faults_of
+from lab_state.exceptions import CorruptionError
+
+_RESERVED = "$lab_state"
+_SHOWN = 20
+_MEMBERS = msgspec.json.Decoder(dict[str, Raw]).decode
+
+
+class Salvaged(NamedTuple):
+    """The content that can be saved.
+
+    Attributes:
+        state: The state.
+        lost: A sentence for each thing that is lost, or may be wrong.
+        highest: The highest revision in any record or snapshot. The repaired state must have a higher one.
+    """
+
+    state: LoadedState
+    lost: list[str]
+    highest: int
+
+
+def salvage(snapshot: bytes | None, data: bytes | None, name: str) -> Salvaged:
+    """Return what can be saved of a snapshot and a journal. Each of them may be damaged, or missing (`None`)."""
+    lost: list[str] = []
+    base = ANY_BASE
+    frames: list[FoundFrame] = []
+    if data is not None:
+        base, frames = _frames(data, name, lost)
+    full = next((frame.payload for frame in frames if frame.kind is FrameKind.FULL), None)
+    state = LoadedState({}, 0)
+    if full is not None:
+        state = _snapshot(full, "the state in the journal", lost)
+    elif snapshot is not None:
+        state = _snapshot(snapshot, "the snapshot", lost)
+        if data is None and journal.is_followed(snapshot):
+            lost.append("the journal is missing: the changes since the last checkpoint are lost")
+    elif base != NO_BASE:
+        lost.append("the snapshot is missing")
+    return _replayed(state, [frame.payload for frame in frames if frame.kind is FrameKind.RECORD], lost)
+
+
+def _frames(data: bytes, name: str, lost: list[str]) -> tuple[str, list[FoundFrame]]:
+    """Return the base of a journal, and its valid frames. List the bytes that are none."""
+    try:
+        header = journal.read_header(data, name, "the journal")
+    except CorruptionError as error:
+        lost.append(f"the journal, {len(data)} bytes: {error.detail}. The changes since the last checkpoint are lost")
+        return ANY_BASE, []
+    frames = list(journal.valid_frames(data, header.salt))
+    position = 0
+    for frame in frames:
+        if frame.start > position:
+            lost.append(f"bytes {position} to {frame.start} of the journal are damaged; they were acknowledged")
+        position = frame.end
+    if position < len(data):
+        lost.append(
+            f"the last {len(data) - position} bytes of the journal are not a whole record; they were never acknowledged"
+        )
+    return header.base, frames
+
+
+def _replayed(state: LoadedState, records: list[bytes], lost: list[str]) -> Salvaged:
+    highest = state.revision
+    for data in records:
+        record = decode_record(data)
+        highest = max(highest, record.end)
+        if record.start > state.revision:
+            keys = [*record.set, *record.delete]
+            lost.append(
+                f"the changes {record.start + 1} to {record.end} of {_names(keys)}: changes before them are missing"
+            )
+            continue
+        state = replay(state, [data], "the journal")
+    return Salvaged(state, lost, highest)
+
+
+def _names(keys: list[str]) -> str:
+    shown = ", ".join(repr(key) for key in keys[:_SHOWN])
+    return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more keys"
+
+
+def _snapshot(data: bytes, what: str, lost: list[str]) -> LoadedState:
+    """Return the state of a snapshot, or what can be saved of it."""
+    try:
+        return decode_snapshot(data, what)
+    except CorruptionError as error:
+        reason = error.detail.split(";")[0]
+    try:
+        entries: dict[str, Stored] = dict(_MEMBERS(data))
+        end = len(data)
+    except NOT_JSON:
+        entries, end = _members(data)
+    member = entries.pop(_RESERVED, None)
+    meta = _meta(member)
+    expires = {key: at for key, at in meta.expires.items() if key in entries}
+    if end < len(data):
+        lost.append(f"{what}: bytes {end} to {len(data)}, which are not JSON. The keys in them are lost")
+    else:
+        lost.append(f"{what}: {reason}. No value is lost, but one or more of them may be wrong")
+    if member is None or meta.format < 1:
+        lost.append(f"{what}: its member {_RESERVED} is lost, and with it the revision and all expiry times")
+    bad = [key for key in entries if any(faults_of({key: entries[key]}))]
+    if bad:
+        lost.append(f"{what}: the values of {_names(bad)}")
+    good = {key: stored for key, stored in entries.items() if key not in set(bad)}
+    times = {key: at for key, at in expires.items() if key in good}
+    versions = Versions(meta.schema, meta.readable_by)
+    return LoadedState(good, meta.revision, times, meta.time, meta.wall, versions=versions)
+
+
+def _meta(member: Stored | None) -> Meta:
+    """Return the reserved member, or one that says nothing if it is damaged."""
+    try:
+        return msgspec.json.decode(bytes(member) if isinstance(member, Raw) else b"", type=Meta)
+    except NOT_JSON:
+        return Meta(format=0, revision=0, id="")
+
+
+def _members(data: bytes) -> tuple[dict[str, Stored], int]:
+    """Return the members of a JSON object up to the first byte that is not JSON, and the offset of that byte."""
+    text = data.decode("utf-8", "surrogateescape")
+    decoder = json.JSONDecoder()
+    found: dict[str, Stored] = {}
+    at = 1 if text.startswith("{") else len(text)
+    with contextlib.suppress(ValueError, IndexError, RecursionError):  # the rest is not JSON
+        while at < len(text):
+            key, colon = decoder.raw_decode(text, at)
+            _, end = decoder.raw_decode(text, colon + 1)
+            if not isinstance(key, str) or text[colon] != ":":
+                break
+            found[key] = Raw(text[colon + 1 : end].encode("utf-8", "surrogateescape"))
+            at = end + 1
+            if text[end:at] != ",":
+                break
+    return found, len(text[:at].encode("utf-8", "surrogateescape"))

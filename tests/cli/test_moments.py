@@ -1,0 +1,161 @@
+"""`ls`, `history`, `restore` and `--at`: the states of a place, and the moments of a state."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from commanded import World
+from s3_world import endpoint
+
+from lab_state import Config, FileStorage, Manager, S3Storage, read_state
+
+
+class Past(World):
+    """A state with a history of three generations: of the key `n` with the values 0 to 5, and of a key `gone`."""
+
+    def history(self) -> FileStorage | S3Storage:
+        if self.in_bucket:
+            return S3Storage(
+                self.bucket.name, prefix="states", endpoint_url=endpoint(), region_name="us-east-1", history=3600
+            )
+        return FileStorage(self.directory / "state", history=3600)
+
+    async def made(self) -> None:
+        for start in (0, 2, 4):
+            async with Manager(Config(name="shop", flush_interval=0), self.history()) as state:
+                await state.set("n", start)
+                await state.set("n", start + 1)
+                if start == 0:
+                    await state.set("gone", [1])
+                elif start == 2:
+                    await state.delete("gone")
+
+
+@pytest.fixture(params=["stopped", "stopped in a bucket"])
+async def past(request: pytest.FixtureRequest, tmp_path: Path) -> Past:
+    world = Past(request.param, tmp_path)
+    await world.made()
+    return world
+
+
+async def test_moments_of_a_state(past: Past) -> None:
+    """`--at` reads a revision of the history, `history` lists the generations and the changes of a key, and `restore` goes back."""
+    assert (await past.run("--at", "r3", "dump", past.state)).json == {"n": 1, "gone": [1]}
+    assert (await past.run("--at", "r5", "get", past.state, "n")).out == "3\n"
+    assert (await past.run("--at", "1s", "get", past.state, "n")).code in {0, 2}
+
+    listed = (await past.run("history", "--json", past.state)).json
+    assert listed["format"] == 1
+    assert listed["generations"][-1]["in_use"] is True
+    assert [one["last_revision"] for one in listed["generations"]][-1] == 8
+    changes = (await past.run("history", "--nl", past.state, "gone")).lines
+    assert [(one["revision"], one["kind"]) for one in changes] == [(3, "set"), (6, "delete")]
+    assert changes[0]["value"] == [1]
+    assert [one["revision"] for one in (await past.run("tail", "--nl", "--since", "r5", past.state)).lines] == [6, 7, 8]
+
+    outside = await past.run("--at", "r99", "get", past.state, "n")
+    assert (outside.code, outside.out) == (2, "")
+    assert "8" in outside.err
+
+    dry = await past.run("restore", past.state, "--at", "r3", "--into", "shop", "--dry-run")
+    assert dry.out.splitlines()[1] == "compared with revision 8: 1 added, 0 removed, 1 changed; nothing was written"
+    as_json = (await past.run("restore", past.state, "--at", "r3", "--into", "shop", "--dry-run", "--json")).json
+    assert (as_json["at_revision"], as_json["keys"], as_json["added"]) == (3, 2, 1)
+    other = await past.run("restore", past.state, "--at", "r3", "--into", "other")
+    assert (other.code, other.out) == (0, f"{past.place}/other: revision 3\n")
+    assert (await past.run("restore", past.state, "--at", "r3", "--into", "other")).code == 2
+    if past.in_bucket:
+        refused = await past.run("restore", past.state, "--at", "r3", "--into", "shop")
+        assert (refused.code, refused.out) == (3, "")
+        assert "--depose" in refused.err
+    more = ["--depose"] if past.in_bucket else []
+    back = await past.run("restore", past.state, "--at", "r3", "--into", "shop", "--json", *more)
+    assert (back.code, back.json) == (0, {"format": 1, "revision": 9, "before": 8})
+    assert await past.reading() == {"n": 1, "gone": [1]}
+    undone = await past.run("restore", past.state, "--at", "r8", "--into", "shop", *more)
+    assert undone.out.splitlines()[1] == f"to undo this: lab-state restore {past.state} --at r9 --into shop"
+    assert await past.reading() == {"n": 5}
+
+
+async def test_history_for_people(tmp_path: Path) -> None:
+    """Generations and changes are lines with revisions, times and sizes."""
+    past = Past("stopped", tmp_path)
+    await past.made()
+    lines = (await past.run("history", past.state)).out.splitlines()
+    assert lines[0].split() == ["REVISIONS", "FROM", "TO", "BYTES"]
+    assert lines[-1].split()[0].endswith("r8")
+    assert lines[-1].endswith("in use")
+    nl = (await past.run("history", "--nl", past.state)).lines
+    assert len(nl) == len(lines) - 1
+    changes = (await past.run("history", past.state, "n")).out.splitlines()
+    assert [line.split("  ")[1:] for line in changes] == [
+        [f"r{r}", "set", "n", str(n)] for n, r in enumerate((1, 2, 4, 5, 7, 8))
+    ]
+    assert (await past.run("history", past.state, "none")).out == ""
+
+
+async def test_a_clear_and_a_hole_in_the_changes_of_a_key(tmp_path: Path) -> None:
+    """A clear ends each key. If records are missing, the snapshot shows what has changed."""
+    world = Past("stopped", tmp_path)
+    async with Manager(Config(name="shop", flush_interval=0), world.history()) as state:
+        await state.set("a", 1)
+        await state.delete_all()
+        await state.set("b", 1, ttl=1000)
+        kinds = [(one["revision"], one["kind"]) for one in (await world.run("history", "--nl", world.state, "a")).lines]
+        assert kinds == [(1, "set"), (2, "clear")]
+    # Without a history, the records are gone, and only the snapshot is left.
+    for value in (1, 2, None):
+        async with Manager("plain", FileStorage(tmp_path / "state")) as state:
+            if value is None:
+                await state.delete("a")
+            else:
+                await state.set("a", value)
+        found = (await world.run("history", "--nl", f"{world.place}/plain", "a")).lines
+        assert [one["value"] for one in found] == ([value] if value else [])
+
+
+async def test_a_list_of_states(tmp_path: Path) -> None:
+    """`ls` prints each state with its holder. A damaged state has the reason in its line."""
+    world = World("running", tmp_path)
+    async with world.filled():
+        async with Manager("other", FileStorage(tmp_path / "state")) as state:
+            await state.set("a", 1)
+        (tmp_path / "state" / "broken.json").write_text("{")
+        (tmp_path / "state" / "plain.json").write_text('{"a": 1}\n')
+        lines = {one["name"]: one for one in (await world.run("ls", "--nl", world.place)).lines}
+        assert sorted(lines) == ["broken", "other", "plain", "shop"]
+        assert (lines["shop"]["keys"], lines["shop"]["live"]) == (4, True)
+        assert f"pid {os.getpid()} " in lines["shop"]["holder"]
+        assert (lines["other"]["keys"], lines["other"]["live"], lines["other"]["holder"]) == (1, False, None)
+        assert "cannot be loaded" in lines["broken"]["error"]
+        table = (await world.run("ls", world.place)).out.splitlines()
+        assert table[0].split() == ["NAME", "KEYS", "BYTES", "REVISION", "AGE", "HOLDER"]
+        assert table[1].split()[:5] == ["broken", "-", "1", "B", "-"]
+        assert "stopped" in table[2]
+        assert table[3].split()[:6] == ["plain", "1", "9", "B", "0", "-"]
+        assert f"pid {os.getpid()}" in table[4]
+    missing = await world.run("ls", "no/such")
+    assert missing.code in {1, 5}
+
+
+async def test_a_list_of_states_in_a_bucket(tmp_path: Path) -> None:
+    """`ls` lists the states under a prefix."""
+    world = World("stopped in a bucket", tmp_path)
+    async with world.filled():
+        (line,) = (await world.run("ls", "--nl", world.place)).lines
+        assert (line["name"], line["keys"], line["live"]) == ("shop", 4, None)
+
+
+async def test_a_running_state_is_not_restored(tmp_path: Path) -> None:
+    """A restore in place of a running state is refused with exit code 3. A restore into a new state works beside it."""
+    for kind in ("running", "shared"):
+        world = World(kind, tmp_path / kind)
+        world.directory.mkdir()
+        async with world.filled():
+            refused = await world.run("restore", world.state, "--at", "r2", "--into", "shop")
+            assert (refused.code, refused.out) == (3, "")
+            assert (await world.run("restore", world.state, "--at", "r1", "--into", "copy")).code == 0
+            view = await read_state("copy", world.storage())
+            assert (view.revision, len(view)) == (1, 2)

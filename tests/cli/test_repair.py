@@ -1,0 +1,243 @@
+"""`repair` and `doctor`: what can be saved of a damaged state, and what a state needs to work."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commanded import World
+
+from lab_state import CorruptionError, FileStorage, Manager, read_state
+from lab_state.cli._doctor import file_system
+from lab_state.cli._salvage import salvage
+
+
+async def crashed(directory: Path) -> World:
+    """Return a state whose journal has five records, as after a crash."""
+    world = World("running", directory / "first")
+    world.directory.mkdir()
+    target = directory / "state"
+    target.mkdir()
+    async with world.filled():
+        assert world.manager is not None
+        await world.manager.set("last", 1)
+        for path in (world.directory / "state").iterdir():
+            if path.suffix in {".json", ".journal"}:
+                (target / path.name).write_bytes(path.read_bytes())
+    return World("stopped", directory)
+
+
+def damage(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+
+
+async def repaired(world: World) -> dict[str, Any]:
+    """Repair a state. Check that its files are kept, and that it can be loaded. Return the JSON of the command."""
+    files = {path.name: path.read_bytes() for path in (world.directory / "state").iterdir() if path.suffix != ".lock"}
+    dry = await world.run("repair", "--dry-run", "--json", world.state)
+    assert dry.code == 0
+    assert {
+        path.name: path.read_bytes() for path in (world.directory / "state").iterdir() if path.suffix != ".lock"
+    } == files
+    done = await world.run("repair", "--json", world.state)
+    assert done.code == 0, done
+    found: dict[str, Any] = done.json
+    assert (found["lost"], found["keys"], found["repaired"]) == (dry.json["lost"], dry.json["keys"], True)
+    kept = Path(world.directory, found["kept"])
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == files
+    async with Manager("shop", FileStorage(world.directory / "state")) as state:
+        assert (len(state), state.revision) == (found["keys"], found["revision"])
+    return found
+
+
+async def test_damage_in_the_middle_of_the_journal(tmp_path: Path) -> None:
+    """Records before the damage are kept. Those behind it are listed with their keys, and the new revision is above them."""
+    world = await crashed(tmp_path)
+    damage(tmp_path / "state" / "shop.journal", b'"cart/ann":["apple"]', b'"cart/ann":["appl!"]')
+    found = await repaired(world)
+    assert found["keys"] == 2
+    assert found["revision"] == 5
+    assert "are damaged; they were acknowledged" in found["lost"][0]
+    assert found["lost"][1] == "the changes 3 to 3 of 'odd\\n\\x1b[31mkey': changes before them are missing"
+    assert found["lost"][2] == "the changes 4 to 4 of 'last': changes before them are missing"
+    assert await world.reading() == {"stock/apple": 12, "stock/pear": {"n": 3, "of": ["x", None]}}
+
+
+async def test_a_bad_header_and_a_missing_journal(tmp_path: Path) -> None:
+    """Without a journal that can be read, the snapshot is kept. The loss is named."""
+    world = await crashed(tmp_path)
+    journal = tmp_path / "state" / "shop.journal"
+    async with Manager("shop", FileStorage(tmp_path / "state")) as state:
+        await state.set("x", 1)
+    journal.write_bytes(b"#" + journal.read_bytes()[1:])
+    found = await repaired(world)
+    assert (found["keys"], found["revision"]) == (6, 6)
+    assert "its first line is not a valid journal header" in found["lost"][0]
+
+
+async def test_values_that_may_be_wrong(tmp_path: Path) -> None:
+    """A snapshot with a wrong checksum keeps each value that is JSON, with revision and expiry times."""
+    world = World("stopped", tmp_path)
+    async with world.filled():
+        pass
+    damage(tmp_path / "state" / "shop.json", b":12,", b":13,")
+    found = await repaired(world)
+    assert (found["keys"], found["revision"]) == (4, 4)
+    assert found["lost"] == [
+        "the snapshot: its checksum does not match its contents. No value is lost, but one or more of them may be wrong"
+    ]
+    view = await read_state("shop", FileStorage(tmp_path / "state"))
+    assert await view.expires_in("cart/ann") is not None
+
+
+async def test_a_snapshot_that_is_cut_off(tmp_path: Path) -> None:
+    """The keys before the end are kept. The revision and the expiry times are lost with the end."""
+    world = World("stopped", tmp_path)
+    async with world.filled():
+        pass
+    path = tmp_path / "state" / "shop.json"
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b'"cart/ann"') + 14])
+    found = await repaired(world)
+    assert found["keys"] == 2
+    assert "which are not JSON. The keys in them are lost" in found["lost"][0]
+    assert "and with it the revision and all expiry times" in found["lost"][1]
+
+
+async def test_nothing_to_repair(tmp_path: Path) -> None:
+    """A state that can be loaded is left alone. A missing state is code 1, a running one code 3, and one in a bucket code 5."""
+    world = World("running", tmp_path)
+    async with world.filled():
+        done = await world.run("repair", world.state)
+        assert (done.code, done.out) == (0, "the state can be loaded: there is nothing to repair\n")
+        assert (await world.run("repair", "--json", world.state)).json["repaired"] is False
+        assert (await world.run("repair", "state/none")).code == 1
+        assert not (tmp_path / "state" / "none.lock").exists()
+        damage(tmp_path / "state" / "shop.journal", b'"cart/ann"', b'"cart/xxx"')
+        refused = await world.run("repair", world.state)
+        assert (refused.code, refused.out) == (3, "")
+        assert f"pid {os.getpid()}" in refused.err
+        damage(tmp_path / "state" / "shop.journal", b'"cart/xxx"', b'"cart/ann"')
+    assert (await world.run("repair", "s3://bucket/shop")).code == 5
+
+
+async def test_a_repair_for_people(tmp_path: Path) -> None:
+    """The damage, each loss, what is kept and the place of the files are lines."""
+    world = await crashed(tmp_path)
+    damage(tmp_path / "state" / "shop.journal", b'"cart/ann":["apple"]', b'"cart/ann":["appl!"]')
+    dry = (await world.run("repair", "--dry-run", world.state)).out.splitlines()
+    assert dry[0].startswith("damage: ")
+    assert dry[-1] == "a repair would keep 2 keys, with the changes up to 1"
+    done = (await world.run("repair", world.state)).out.splitlines()
+    assert done[-2] == "revision 5 has 2 keys, with the changes up to 1"
+    assert "shop.damaged-" in done[-1]
+
+
+def test_what_can_be_saved() -> None:
+    """Pieces of a snapshot without an object, without a member, with bad values and with bad keys give what is whole in them."""
+    assert salvage(b"nonsense", None, "shop").state.entries == {}
+    assert salvage(b'{"a":1,2:3}', None, "shop").state.entries.keys() == {"a"}
+    assert salvage(b'{"a":1 "b":2}', None, "shop").state.entries.keys() == {"a"}
+    assert salvage(b'{"a" 1', None, "shop").state.entries == {}
+    deep = b'{"a":' + b"[" * 200 + b"]" * 200 + b',"b":"\xff","c":1}'
+    found = salvage(deep, None, "shop")
+    assert found.state.entries.keys() == {"c"}
+    assert found.lost[-1] == "the snapshot: the values of 'a', 'b'"
+    many = json.dumps({f"k{n}": 1e999 for n in range(30)}).replace("Infinity", "1e999").encode()
+    assert salvage(many, None, "shop").lost[-1].endswith("'k19' and 10 more keys")
+    nothing = salvage(None, b"#", "shop")
+    assert (nothing.state.entries, len(nothing.lost)) == ({}, 2)
+
+
+async def test_the_whole_state_in_a_journal(tmp_path: Path) -> None:
+    """A journal that begins with the whole state needs no snapshot. A torn tail and a missing journal are named."""
+    world = World("running", tmp_path)
+    async with world.filled():
+        assert world.manager is not None
+        (tmp_path / "state" / "shop.journal").unlink()
+        await world.manager.set("more", 1)
+        data = (tmp_path / "state" / "shop.journal").read_bytes()
+    found = salvage(None, data + b"torn", "shop")
+    assert len(found.state.entries) == 5
+    assert found.lost == ["the last 4 bytes of the journal are not a whole record; they were never acknowledged"]
+    followed = b'{"a":1,"$lab_state":{"format":1,"revision":1,"id":"743364091beeb863","wall":1,"followed":true,"crc32":"%08x"}}'
+    import zlib  # noqa: PLC0415
+
+    whole = followed.split(b',"crc32"')[0]
+    found = salvage(followed % zlib.crc32(whole), None, "shop")
+    assert found.lost == ["the journal is missing: the changes since the last checkpoint are lost"]
+    with pytest.raises(CorruptionError):
+        (tmp_path / "two").mkdir()
+        (tmp_path / "two" / "shop.json").write_bytes(followed % zlib.crc32(whole))
+        await read_state("shop", FileStorage(tmp_path / "two"))
+
+
+def subjects(report: dict[str, Any]) -> dict[str, tuple[bool, str]]:
+    return {check["subject"]: (check["ok"], check["text"]) for check in report["checks"]}
+
+
+@pytest.mark.parametrize("kind", ["stopped", "running", "shared"])
+async def test_a_report_on_a_state(tmp_path: Path, kind: Any) -> None:
+    """`doctor` reports content, holder, socket, permissions, file system and room."""
+    world = World(kind, tmp_path)
+    async with world.filled():
+        done = await world.run("doctor", "--json", world.state)
+        assert (done.code, done.err) == (0, "")
+        found = subjects(done.json)
+        assert found["content"][0]
+        assert found["content"][1].startswith("4 keys, ")
+        assert (f"pid {os.getpid()} " in found["holder"][1]) is world.is_running
+        assert (f"pid {os.getpid()} answers" in found["socket"][1]) is (kind == "shared")
+        assert found["directory"][0]
+        assert found["room"][0]
+        assert found["shop.lock"] == (True, f"owner {os.geteuid()}, mode 0600")
+        assert "file system" in found
+
+
+async def test_a_report_on_what_needs_a_look(tmp_path: Path) -> None:
+    """`doctor` marks damage, other users' access, left files and a socket without an owner. The exit code is that of a reading."""
+    world = World("stopped", tmp_path)
+    async with world.filled():
+        pass
+    state = tmp_path / "state"
+    (state / "shop.json").chmod(0o644)
+    os.chown(state / "shop.lock", 12345, 12345)
+    for name in ("shop.json.replaced-1", "shop.journal.torn-1", "shop.damaged-1", "shopping.json.replaced-1"):
+        (state / name).touch()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(state / "shop.sock"))
+    damage(state / "shop.json", b":12,", b":13,")
+    done = await world.run("doctor", "--json", world.state)
+    found = subjects(done.json)
+    bad = {"content", "socket", "shop.json", "shop.lock", "shop.json.replaced-1", "shop.damaged-1"}
+    assert {subject for subject, (ok, _) in found.items() if not ok} - {"file system", "holder"} == bad
+    assert done.code == 4
+    lines = (await world.run("doctor", world.state)).out.splitlines()
+    assert lines[0].startswith("LOOK  content: ")
+    assert (await world.run("doctor", "state/none")).code == 1
+    (state / "shop.sock").unlink()
+    (state / "shop.sock").mkdir()
+    assert subjects((await world.run("doctor", "--json", world.state)).json)["socket"][0] is False
+
+
+async def test_a_report_on_a_bucket(tmp_path: Path) -> None:
+    """In a bucket, `doctor` tries out whether the store refuses a write whose condition is not met."""
+    world = World("stopped in a bucket", tmp_path)
+    async with world.filled():
+        pass
+    found = subjects((await world.run("doctor", "--json", world.state)).json)
+    assert found["store"] == (True, "it refuses a write whose condition is not met; a start can write there")
+
+
+def test_the_file_system_of_a_device() -> None:
+    """The type stands behind the dash, in the line of the device."""
+    mounts = "22 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw\n23 22 0:25 / /n rw - nfs4 host:/x rw\n"
+    assert file_system(mounts, os.makedev(8, 1)) == "ext4"
+    assert file_system(mounts, os.makedev(0, 25)) == "nfs4"
+    assert file_system(mounts, os.makedev(9, 9)) == "unknown"
