@@ -69,6 +69,7 @@ def s3_real(session: nox.Session) -> None:
         "tests/storage/test_s3_generations.py",
         "tests/storage/test_s3_history.py",
         "tests/storage/test_s3_opening.py",
+        "tests/storage/test_s3_restore.py",
         "tests/storage/test_s3_secrets.py",
     ]
     session.run("python", "tests/servers/rgw.py", "python", "-m", "pytest", *tests, env=WHEEL_ONLY)

@@ -176,7 +176,12 @@ class S3Storage:
     def _catalog(self) -> S3Catalog:
         from lab_state.storage.s3._calls import S3Catalog  # noqa: PLC0415 -- likewise
 
-        return S3Catalog(self._run, self._opened, lambda name: Names.of(self._bucket, self._prefix, name))
+        return S3Catalog(
+            self._run,
+            self._opened,
+            lambda name: Names.of(self._bucket, self._prefix, name),
+            keeps=self._limits is not None,
+        )
 
     async def _run(self, name: str, work: Callable[[Requests, Names], Awaitable[R]]) -> R:
         """Call a function with new connections to the store, and with the names of a state."""

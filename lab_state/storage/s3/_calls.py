@@ -105,8 +105,12 @@ class S3History:
 class S3Catalog:
     """The states in a bucket; see `Catalog`."""
 
-    def __init__(self, run: Run, opened: Open, of: Callable[[str], Names]) -> None:
-        """Keep the functions of a storage, and one that returns the names of the objects of a state."""
+    def __init__(self, run: Run, opened: Open, of: Callable[[str], Names], *, keeps: bool) -> None:
+        """Keep the functions of a storage, and one that returns the names of the objects of a state.
+
+        `keeps` says whether the storage keeps a history.
+        """
+        self._keeps = keeps
         self._run = run
         self._opened = opened
         self._of = of
@@ -127,7 +131,7 @@ class S3Catalog:
         try:
             from lab_state.storage.s3._catalog import remove_state
 
-            await remove_state(claimed.store, claimed.names, history=history)
+            await remove_state(claimed.store, claimed.names, history=history, keeps=self._keeps)
         finally:
             await claimed.aclose()
 

@@ -2,7 +2,7 @@
 
 A state that was removed and keeps its history leaves an object in the place of its snapshot: an empty state with the mark
 `REMOVED` in its metadata. It covers all records. So the numbers go on when a state of this name is made again, and the
-history stays in order. A state without a history leaves nothing.
+history stays in order. A state without a history leaves nothing. The records are deleted in order, so the rest begins with a gap.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lab_state.storage._history import FoundState
 from lab_state.storage.s3._client import Requests
 from lab_state.storage.s3._format import REMOVED, Names, kept_in_metadata, stamp_in_metadata
 from lab_state.storage.s3._open import AT_ONCE, together
+from lab_state.storage.s3._outcomes import ObjectInfo
 from lab_state.storage.s3._restoring import open_to_restore
 
 _PARTS = (".json", ".journal/", ".history/")
@@ -28,7 +29,7 @@ async def list_states(store: Requests, of: Callable[[str], Names]) -> list[Found
     """
     above = of("x").snapshot.removesuffix("x.json")
     names = sorted({name for key in await store.level(above) if (name := _name(key.removeprefix(above))) is not None})
-    found: dict[str, FoundState | None] = {}
+    found: dict[str, FoundState] = {}
     left = iter(names)
 
     async def some() -> None:
@@ -36,7 +37,7 @@ async def list_states(store: Requests, of: Callable[[str], Names]) -> list[Found
             found[name] = await _state(store, of(name))
 
     await together([some() for _ in range(min(AT_ONCE, len(names)))])
-    return [state for name in names if (state := found[name]) is not None]
+    return [found[name] for name in names]
 
 
 def _name(key: str) -> str | None:
@@ -51,52 +52,55 @@ def _name(key: str) -> str | None:
     return None
 
 
-async def _state(store: Requests, names: Names) -> FoundState | None:
-    """Return a state; `None` if there is only a history of it."""
+async def _state(store: Requests, names: Names) -> FoundState:
     present = await store.head(names.snapshot)
-    seq = 0
+    seq = size = 0
     if present is not None:
-        try:
-            stamp = stamp_in_metadata(present.metadata, names.snapshot)
-        except CorruptionError:
-            stamp = None
-        seq = 0 if stamp is None else stamp.seq
+        seq = _covered(present, names)
+        size = 0 if REMOVED in present.metadata else present.size
     history = sum((await store.sizes(names.history, names.history)).values())
     listed = await store.sizes(names.journal, names.record(0))
-    numbered = {number: size for key, size in listed.items() if (number := names.number(key)) is not None}
-    later = {number: size for number, size in numbered.items() if number > seq}
-    is_removed = present is None or REMOVED in present.metadata
-    if is_removed and not later:
-        return None
-    size = sum(later.values()) + (0 if present is None or is_removed else present.size)
-    history += sum(size for number, size in numbered.items() if number <= seq)
+    for key, bytes_ in listed.items():
+        number = names.number(key)
+        if number is not None and number > seq:
+            size += bytes_
+        elif number is not None:
+            history += bytes_
     return FoundState(names.name, size, history, None, None)
 
 
-async def remove_state(store: Requests, names: Names, *, history: bool) -> None:
-    """Remove a state; see `Catalog.remove`.
+def _covered(present: ObjectInfo, names: Names) -> int:
+    """Return the number of the last record that a snapshot covers; 0 if its metadata do not have it, or are damaged."""
+    try:
+        stamp = stamp_in_metadata(present.metadata, names.snapshot)
+    except CorruptionError:
+        return 0
+    return 0 if stamp is None else stamp.seq
+
+
+async def remove_state(store: Requests, names: Names, *, history: bool, keeps: bool) -> None:
+    """Remove a state; see `Catalog.remove`. `keeps` says whether the storage keeps a history.
 
     Raises:
         StorageError: See `Catalog.remove`.
     """
     present = await store.head(names.snapshot)
     copies = [key for key in await store.sizes(names.history, names.history) if names.older(key) is not None]
-    journal = (await store.page(names.journal, names.record(0)))[0]
+    journal = await store.sizes(names.journal, names.record(0))
     if present is None and not copies and not journal:
         raise UnsupportedError(
             f"there is no state at {names.url(names.snapshot)}, and no history of it: check the name, the prefix and the bucket"
         )
     kept = 0 if present is None else kept_in_metadata(present.metadata) or 0
-    if (copies or kept) and not history:
-        restoring = await open_to_restore(store, names, _nothing)
-        await restoring.remove()
+    if (keeps or copies or kept) and not history:
+        if present is None or REMOVED not in present.metadata or max(journal) > names.record(_covered(present, names)):
+            restoring = await open_to_restore(store, names, _nothing)
+            await restoring.remove()
         return
     # Without its first objects, a start refuses the rest.
     await store.delete([names.snapshot])
     await store.delete(copies)
-    while journal:
-        await store.delete(journal)
-        journal = (await store.page(names.journal, names.record(0)))[0]
+    await store.delete(journal)
     await store.delete([names.probe])
 
 
