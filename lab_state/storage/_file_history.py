@@ -40,6 +40,9 @@ _FIRST_READ = 4096
 """The number of bytes that are read first at the start and at the end of a file. It is larger than any header."""
 _GROWTH = 16
 
+_MOST_LISTS = 5
+"""The number of lists in a row during which the writer may go on."""
+
 
 class FileKey(NamedTuple):
     """The files of a generation in a history: the base of the snapshot, its name, and the name of the journal."""
@@ -56,22 +59,39 @@ def list_generations(given_up: threading.Event, directory: str, name: str) -> li
         StorageError: See `History.generations`.
     """
     paths = Paths.of(folder.absolute(directory), name)
-    # The files in use come first: a generation that a checkpoint moves meanwhile is then found twice, and never missed.
+    for _ in range(_MOST_LISTS):
+        in_use, found, missing = _listed(paths, name, given_up)
+        if in_use is None:
+            break
+        # The generation in use may be linked already. A generation with the same first moment is the same one.
+        same = [one for one in found if one.span.first == in_use.span.first]
+        reached = max([in_use, *same], key=lambda one: one.span.last.revision)
+        if in_use.size or not found:
+            found = [*(one for one in found if one not in same), in_use._replace(span=reached.span)]
+        if reached is in_use:
+            break
+        # The writer went on after the look at the files in use. So there may be later generations in the history by now.
+    if missing is not None and not found:
+        raise missing
+    return found
+
+
+def _listed(
+    paths: Paths, name: str, given_up: threading.Event
+) -> tuple[FoundGeneration | None, list[FoundGeneration], UnsupportedError | None]:
+    """Return the generation in use, then those of the history, and the error if there is no state of this name.
+
+    The files in use come first: a generation that a checkpoint moves meanwhile is then found twice, and never missed.
+    """
+    in_use: FoundGeneration | None = None
+    missing: UnsupportedError | None = None
     with _opened(paths.journal) as found_journal, _opened(paths.snapshot) as found_snapshot:
-        missing: UnsupportedError | None = None
-        in_use: FoundGeneration | None = None
         try:
             with contextlib.suppress(CorruptionError):  # a call that needs this generation raises the error
                 in_use = _in_use(paths, name, found_journal, found_snapshot, given_up)
         except UnsupportedError as error:
             missing = error
-        inodes = {file.identity for file in (found_journal, found_snapshot) if file is not None}
-        found = _kept(paths, name, inodes)
-    if in_use is not None and (in_use.size or not found):
-        found.append(in_use)
-    if missing is not None and not found:
-        raise missing
-    return found
+        return in_use, _kept(paths, name), missing
 
 
 def read_generation(given_up: threading.Event, directory: str, name: str, generation: FoundGeneration) -> Reading:
@@ -231,8 +251,8 @@ def _modified(file: OpenFile | None) -> int:
 # The history
 
 
-def _kept(paths: Paths, name: str, in_use: set[lookup.Identity]) -> list[FoundGeneration]:
-    """Return the generations in the directory of the history, the oldest first. Leave out the one in use, which may be linked there."""
+def _kept(paths: Paths, name: str) -> list[FoundGeneration]:
+    """Return the generations in the directory of the history, the oldest first."""
     try:
         names = lookup.names_in(paths.history)
     except StorageError as error:
@@ -240,20 +260,18 @@ def _kept(paths: Paths, name: str, in_use: set[lookup.Identity]) -> list[FoundGe
             return []
         raise
     files = (file for file in map(parse_name, names) if file is not None)
-    found = (_found(paths, name, one, in_use) for one in grouped(files).generations)
+    found = (_found(paths, name, one) for one in grouped(files).generations)
     # A snapshot of another program has no recorded time. So its place in the order is known only now.
     return sorted((one for one in found if one is not None), key=lambda one: (one.span.first, one.span.last))
 
 
-def _found(
-    paths: Paths, name: str, generation: StoredGeneration, in_use: set[lookup.Identity]
-) -> FoundGeneration | None:
-    """Return one generation with its last moment. Return `None` if it is in use, or was pruned, or cannot be read."""
+def _found(paths: Paths, name: str, generation: StoredGeneration) -> FoundGeneration | None:
+    """Return one generation with its last moment. Return `None` if it was pruned, or cannot be read."""
     snapshot, first = generation.snapshot, Moment(generation.first, generation.wall)
     size = 0
     if snapshot is not None:
         status = _status(paths, snapshot)
-        if status is None or (status.st_dev, status.st_ino) in in_use:
+        if status is None:
             return None
         size = status.st_size
         if not first.wall:
@@ -262,9 +280,7 @@ def _found(
     for file in generation.journals:
         with _opened(os.path.join(paths.history, format_name(file))) as found:
             if found is None:
-                continue
-            if found.identity in in_use:
-                return None
+                return None  # the generation is being pruned, and its snapshot goes next
             size += found.status.st_size
             moment = _last_of(name, found, first)
             if moment is not None and (longest is None or moment.revision >= last.revision):

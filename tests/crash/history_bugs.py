@@ -10,11 +10,13 @@ import pytest
 import workloads
 from bugs import Bug
 
-from lab_state.storage import _fs, _history_files, _pruning
+from lab_state.storage import _file_calls, _file_restore, _fs, _history_files, _lookup, _pruning
 from lab_state.storage._directory import Paths
+from lab_state.storage._file_calls import FileRestoring
 from lab_state.storage._generations import HistoryFile, StoredGeneration
 from lab_state.storage._keeping import KeptHistory
 from lab_state.storage._lookup import Fingerprint
+from lab_state.storage._protocol import SnapshotSource
 
 Patch = pytest.MonkeyPatch
 
@@ -157,6 +159,45 @@ def one_too_many_pruned(patch: Patch) -> None:
     patch.setattr(_pruning, "_chosen", chosen)
 
 
+def restore_that_links(patch: Patch) -> None:
+    """Put the files of a generation in use, in place of a copy of the state."""
+
+    async def put(self: FileRestoring, snapshot: SnapshotSource, *, is_damaged: bool) -> None:
+        writer = self._writer
+        _file_restore.keep_present(writer)
+        kept = [name for name in _lookup.names_in(writer.paths.history) if name.endswith(".json")]
+        temporary = _fs.temporary(writer.paths.snapshot)
+        system = vars(_history_files)["os"]
+        system.link(f"{writer.paths.history}/{max(kept)}", temporary, follow_symlinks=False)
+        _fs.rename(temporary, writer.paths.snapshot)
+        _fs.discard(writer.paths.journal)
+        _fs.sync_directory(writer.paths.directory)
+
+    patch.setattr(FileRestoring, "put", put)
+
+
+def restore_that_keeps_nothing(patch: Patch) -> None:
+    """Replace the files of a state without a link."""
+    patch.setattr(_file_calls, "keep_present", lambda writer: None)
+
+
+def restore_without_a_sync(patch: Patch) -> None:
+    """Rename the journal with the restored state before it is on the disk, and do not sync the name."""
+    put = FileRestoring.put
+
+    async def unsynced(self: FileRestoring, snapshot: SnapshotSource, *, is_damaged: bool) -> str | None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(_fs, "_sync", lambda fd: None)
+            inner.setattr(_fs, "sync_directory", lambda path: None)
+            inner.setattr(self._session, "checkpoint", _no_checkpoint)
+            return await put(self, snapshot, is_damaged=is_damaged)
+
+    patch.setattr(FileRestoring, "put", unsynced)
+
+
+async def _no_checkpoint(_: object) -> None: ...
+
+
 BUGS = (
     Bug(linked_after_the_rename, workloads.checkpoints_beside_commits, history_bytes=1 << 30),
     Bug(no_sync_of_the_links, workloads.checkpoints_beside_commits, history_bytes=1 << 30),
@@ -171,4 +212,7 @@ BUGS = (
     Bug(newest_pruned_first, workloads.generations, history_bytes=1500),
     Bug(too_many_pruned, workloads.less_room, history_bytes=1 << 30),
     Bug(one_too_many_pruned, workloads.generations, history_bytes=1500),
+    Bug(restore_that_links, workloads.restores, history_bytes=1 << 30),
+    Bug(restore_that_keeps_nothing, workloads.restores, history_bytes=1 << 30),
+    Bug(restore_without_a_sync, workloads.restores, history_bytes=1 << 30),
 )

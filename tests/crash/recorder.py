@@ -26,7 +26,17 @@ import pytest
 from disk import Create, Entry, Link, Mark, Rename, State, Sync, SyncDirectory, Truncate, Unlink, Write, inodes_of
 
 from lab_state import _codec, _journal, _outcomes
-from lab_state.storage import _directory, _file_start, _fs, _history_files, _keeping, _kept, _lookup, _new_journal
+from lab_state.storage import (
+    _directory,
+    _file_restore,
+    _file_start,
+    _fs,
+    _history_files,
+    _keeping,
+    _kept,
+    _lookup,
+    _new_journal,
+)
 
 NAME = "lab"
 DIRECTORY = "deep/states"
@@ -340,7 +350,7 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
 
     with pytest.MonkeyPatch.context() as patch:
         recorder.urandom = _fs.os.urandom  # type: ignore[attr-defined]
-        for used in (_fs, _lookup, _directory, _kept, _history_files):
+        for used in (_fs, _lookup, _directory, _kept, _history_files, _file_restore):
             patch.setattr(used, "os", recorder)
         patch.setattr(_fs, "aiofiles", SimpleNamespace(open=opened))
         yield recorder
@@ -364,7 +374,7 @@ def determined(seed: int | str) -> Iterator[None]:
         for module in (_fs, _journal, _codec):
             patch.setattr(module, "os", _Seeded(os, urandom=random.Random(f"{module.__name__} {seed}").randbytes))
         numbers = iter(range(10**12, 10**13))
-        for dated in (_file_start, _new_journal, _kept, _keeping):
+        for dated in (_file_start, _new_journal, _kept, _keeping, _file_restore):
             patch.setattr(dated, "wall_now", lambda: next(numbers))
         patch.setattr(_outcomes, "_FIRST_PAUSE", 0.0)
         patch.setattr(_outcomes, "_LONGEST_PAUSE", 0.0)

@@ -40,6 +40,10 @@ FAULTS: list[tuple[Plans, bool, Workload]] = [
     (deaths, True, workloads.steps),
     (deaths, True, workloads.checkpoints_beside_commits),
     (deaths, True, workloads.generations),
+    (failing_syncs, False, workloads.restores),
+    (failing_syncs, True, workloads.restores),
+    (full_disks, False, workloads.restores),
+    (deaths, True, workloads.restores),
 ]
 RECOVERIES = [workloads.checkpoints_beside_commits, workloads.unclean_ends, workloads.generations]
 SHARE = -(-STATES // (len(LIMITS) * (len(workloads.WITH_HISTORY) + len(FAULTS) + len(RECOVERIES))))

@@ -342,6 +342,35 @@ async def generations(world: World) -> None:
         await (world.crash() if life % 2 else world.stop())
 
 
+async def restores(world: World) -> None:
+    """Restore a version after a clean stop and after a kill, undo that, and go on after each of them."""
+    await world.start()
+    for number in range(2):
+        await world.set(f"key-{number}")
+        await world.flush()
+        await world.checkpoint()
+    await world.set("early")
+    await world.flush()
+    early = world.latest
+    await world.set("key-2")
+    await world.flush()
+    await world.stop()
+    await world.restore(early)
+    await world.start()
+    await world.set("late")
+    await world.flush()
+    late = world.latest
+    await world.crash()
+    await world.restore(early)
+    await world.start()
+    await world.stop()
+    await world.restore(late)
+    await world.start()
+    await world.set("last")
+    await world.flush()
+    await world.stop()
+
+
 async def less_room(world: World) -> None:
     """Keep many generations, and then fewer."""
     for room in (1 << 30, 300):
@@ -495,5 +524,6 @@ WITH_HISTORY: tuple[Workload, ...] = (
     generations,
     less_room,
     given_up,
+    restores,
 )
 """Those that are run with a history. In each of them, the acknowledged versions are the ends of records."""

@@ -16,7 +16,7 @@ import msgspec
 from disk import Ack, Kept, Mark, Try, Withdraw
 from recorder import DIRECTORY, NAME, Gate, Recorder
 
-from lab_state import Config, FileStorage, Manager, MigrationDraft, Schema, StorageError
+from lab_state import Config, FileStorage, Manager, MigrationDraft, Schema, StorageError, read_state, restore_state
 from lab_state._draft import Draft
 from lab_state._entries import Expiring
 from lab_state._flusher import Flusher
@@ -207,6 +207,26 @@ class World:
         schema.migration(to=version)(change)
         await self.start(schema=schema)
         assert self.state._core.state.versions == (version, version)
+
+    async def restore(self, number: int) -> None:
+        """Restore a version in place, while the state is stopped, unless it was pruned. Start the state after this call."""
+        self._check_alive()
+        storage = FileStorage(self.root / DIRECTORY, **self._keeping())
+        wanted = self.versions[number]
+        try:
+            view = await read_state(NAME, storage, at=wanted.revision, clock=self.clock)
+        except ValueError:
+            return
+        assert (view.revision, await view.get_all()) == wanted[:2]
+        self._add(dict(wanted.values), dict(wanted.expires))
+        try:
+            restored = await restore_state(NAME, storage, wanted.revision, into=NAME, clock=self.clock)
+        except StorageError:  # the state is the one before or the restored one, and the next start finds out which
+            self._check_alive()
+            return
+        assert restored.revision == self.versions[self.latest].revision
+        self._ack()
+        self._check_alive()
 
     def _keeping(self) -> dict[str, Any]:
         """Return the arguments for a history."""

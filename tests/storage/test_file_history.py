@@ -28,7 +28,7 @@ from lab_state import (
 )
 from lab_state import _journal as journal
 from lab_state._journal import ANY_BASE, FrameKind
-from lab_state.storage import _lookup, _new_journal
+from lab_state.storage import _file_history, _lookup, _new_journal
 from lab_state.storage._generations import parse_name
 from lab_state.storage._history import FoundGeneration, history_of
 from lab_state.testing import ManualClock
@@ -377,14 +377,15 @@ async def test_a_removed_state(tmp_path: Path, clock: ManualClock) -> None:
 
 async def test_a_file_of_another_program_has_the_time_of_the_file(tmp_path: Path, clock: ManualClock) -> None:
     """Its content has none. So it is not taken for a state of long ago."""
-    for path in (tmp_path / "lab.json", tmp_path / "lab.history" / f"{0:020}-0-7-ee7d2b8b.json"):
+    old = tmp_path / "lab.history" / f"{0:020}-0-7-ee7d2b8b.json"
+    for path, wall in ((old, 45), (tmp_path / "lab.json", 50)):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b'{"a":1}')
-        os.utime(path, (START + 50, START + 50))
-    parsed = parse_name(path.name)
+        os.utime(path, (START + wall, START + wall))
+    parsed = parse_name(old.name)
     assert parsed is not None
     found = await list_generations("lab", FileStorage(tmp_path))
-    assert [one.first_wall for one in found] == [START + 50, START + 50]
+    assert [one.first_wall for one in found] == [START + 45, START + 50]
     clock.advance(100)
     assert await get(tmp_path, clock, at(60)) == (0, {"a": 1})
     with pytest.raises(ValueError, match="outside"):
@@ -511,6 +512,45 @@ async def test_a_history_that_changes_all_the_time(tmp_path: Path, clock: Manual
         assert found.lists == 10
 
 
+@pytest.mark.parametrize("times", [2, 9])
+async def test_checkpoints_during_a_list(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """The writer makes two checkpoints after the look at the files in use. Then the files are looked at again, up to five times."""
+    async with Manager("lab", FileStorage(tmp_path), clock=clock) as state:
+        await state.set("a", 0)
+        await state.flush()
+        await checkpoint(state)
+        loop, kept, calls = asyncio.get_running_loop(), _file_history._kept, 0
+
+        async def go_on() -> None:
+            for number in range(2):
+                clock.advance(1)
+                await state.set("a", number)
+                await state.flush()
+                await asyncio.to_thread(link_files, tmp_path)
+                await checkpoint(state)
+
+        def listed(*args: Any) -> list[FoundGeneration]:
+            nonlocal calls
+            calls += 1
+            if calls < times:
+                asyncio.run_coroutine_threadsafe(go_on(), loop).result()
+            return kept(*args)
+
+        monkeypatch.setattr(_file_history, "_kept", listed)
+        found = await list_generations("lab", FileStorage(tmp_path))
+        assert calls == min(times, 5)
+        reached = {revision for one in found for revision in range(one.first_revision, one.last_revision + 1)}
+        assert reached >= set(range(1, 4))
+        if times == 2:
+            assert [(one.first_revision, one.last_revision, one.hole_before) for one in found] == [
+                (1, 2, False),
+                (2, 3, False),
+                (3, 3, False),
+            ]
+
+
 async def test_a_file_that_is_pruned_during_the_list(
     tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,6 +560,6 @@ async def test_a_file_that_is_pruned_during_the_list(
     monkeypatch.setattr(_lookup, "names_in", lambda _: names)
     snapshot = part(tmp_path, journal=False)
     part(tmp_path, journal=True).unlink()
-    assert [one.last_revision for one in await list_generations("lab", FileStorage(tmp_path))] == [4, 4, 12, 12]
+    assert [one.last_revision for one in await list_generations("lab", FileStorage(tmp_path))] == [4, 12, 12]
     snapshot.unlink()
     assert [one.last_revision for one in await list_generations("lab", FileStorage(tmp_path))] == [4, 12, 12]
