@@ -84,7 +84,7 @@ class Batch:
         self._moved: set[str] = set()  # keys that the batch adds or removes; empty without an index
         self._stale = Expiries(0)  # the keys that lose their expiry, with the old times
         self._fresh = Expiries(0)  # the keys that get an expiry, with the new times
-        self._late: set[str] = set()  # keys that other code has changed during the steps; `switch` places them
+        self._late: set[str] = set()  # keys that other code has changed during the steps; `switch` adds them to `_top`
         # The older changes that were copied into `_changes`, and `State.taken` at that moment.
         self._older: tuple[dict[str, StoredOrGone], int] | None = None
 

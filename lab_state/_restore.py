@@ -28,7 +28,7 @@ class Restored(NamedTuple):
     Attributes:
         revision: The revision of the restored state.
         before: The revision of the state before a restore in place. `restore_state(name, storage, before, into=name)` undoes the
-            restore. `None` if that state had no files, or could not be loaded. `None` also for a restore into another name.
+            restore. `None` if that state had no files, or could not be loaded. After a restore into another name, it is `None` as well.
     """
 
     revision: int

@@ -221,7 +221,7 @@ def _slice(
             str(text, "utf-8")  # msgspec does not check a value that stays JSON
             content = decode(text)
         except NOT_JSON:
-            # Twice as much, so that all attempts together take about as long as the last two.
+            # Try twice as many bytes, so that all attempts together take about as long as the last two.
             end = 2 * tab.end() - start
         else:
             return (content, tab.end()) if content else None

@@ -18,7 +18,7 @@ _GIVEN_AT_ONCE = 128 * 1024
 """Slices are joined until they have this many bytes, because each call of a storage takes time on the event loop."""
 
 LATE = 0.002
-"""The seconds after the beginning of a commit for which a slice waits for the next commit."""
+"""A slice waits for the next commit until this many seconds after the beginning of the last commit."""
 
 
 class Pace:

@@ -183,7 +183,7 @@ class Manager(Scope, BackedUp):
         """Become the only writer of the state, or one of the processes that share it. Load the state.
 
         Decoding blocks the event loop, for about 0.8 s with a million keys. A start that fails or is cancelled releases
-        everything, and may be tried again. A manager can be started again after `stop()`, also on another event loop.
+        everything, and may be tried again. A manager can be started again after `stop()`, even on another event loop.
 
         If another writer holds a state that is not shared, the call tries again for `Config.lock_timeout` seconds. While it
         waits, a message at level WARNING names that writer, at once and then about every 10 s.

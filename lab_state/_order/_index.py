@@ -1,7 +1,7 @@
 """The index of a state: its keys in order of code points. Pure and synchronous.
 
-Theory of operation. The sorted keys (`SortedKeys`) may be older than the state. `_touched` has the keys
-that may have been added or removed since then. A write only adds a key to this set. When a call needs the
+Theory of operation. The sorted keys (`SortedKeys`) may be out of date. `_touched` has the keys that may have
+been added or removed since the last correction. A write only adds a key to this set. When a call needs the
 order, touched keys are looked up in the state, and then added to the sorted keys or removed from them.
 
 If few keys are touched, the call looks up all of them. If more are touched, an asynchronous call looks

@@ -63,7 +63,7 @@ def read_input() -> bytes:
 
 
 async def _finished(output: Output, main: Coroutine[Any, Any, None]) -> None:
-    """Await a coroutine, and write what is left of its output, also if it raises."""
+    """Await a coroutine, and write the rest of its output, even if it raises an error."""
     try:
         await main
     finally:

@@ -211,7 +211,7 @@ class NewFile:
     """A new file that is written in pieces of up to 1 MiB, each in one call in a thread. Other work can run between two calls.
 
     Every method except `write` is synchronous. Call these methods in the worker that `write` gets.
-    Then `discard` may be called at any time, also after a cancellation.
+    Then `discard` may be called at any time, even after a cancellation.
     """
 
     def __init__(self, path: str, progress: WrittenBytes, *replaced: str) -> None:

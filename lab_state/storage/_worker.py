@@ -130,7 +130,7 @@ class Threads:
                 while self._dropped:
                     self._dropped.pop()
                     self._workers -= 1
-                # If `_free` is not above 0, a worker is in the queue for each idle thread, also for this one.
+                # If `_free` is not above 0, a worker is in the queue for each idle thread, including this one.
                 if self._free > 0 and (self._count > 1 or not self._workers):
                     self._free -= 1
                     self._count -= 1

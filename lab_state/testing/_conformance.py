@@ -166,7 +166,7 @@ class StorageConformance(ReadingConformance):
     # One writer
 
     async def test_a_second_writer_is_refused(self) -> None:
-        """An open state is locked until it is closed, also for another storage object with the same place."""
+        """An open state is locked until it is closed, even for another storage object with the same place."""
         first = await self.make_storage().open(NAME)
         error = await raises(LockedError, self.make_storage().open(NAME))
         assert NAME in str(error)
