@@ -417,7 +417,7 @@ class Writer:
         """
         left = new.check()
         try:
-            with self._replacing():
+            with self._replacing(is_copied=replaced is not None or self.need is Need.NEW):
                 fs.rename(new.path, self.paths.journal)
                 fs.sync_directory(self.paths.directory)
         except StorageError:
@@ -435,11 +435,14 @@ class Writer:
             self.generation += 1
         self.need, self._inherited, self._is_ended = Need.NOTHING, (), False
 
-    def _replacing(self) -> AbstractContextManager[None]:
-        """Return a context manager that adds the journal in use to the history, before its block replaces it."""
+    def _replacing(self, *, is_copied: bool) -> AbstractContextManager[None]:
+        """Return a context manager that adds the journal in use to the history, before its block replaces it.
+
+        At the end of a checkpoint, and with `Need.NEW`, the next journal has copies of all records that the history does not have.
+        """
         if self.history is None:
             return nullcontext()
-        return self.history.replacing(self.base, self.snapshot_fingerprint, is_copied=self.need is Need.NEW)
+        return self.history.replacing(self.base, self.snapshot_fingerprint, is_copied=is_copied)
 
     def _sync_found(self, base: str, *journal: str) -> None:
         """Sync the directories above the directory of the files. Sync the files that a journal with this base relies on, too.

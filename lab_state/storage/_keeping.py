@@ -64,9 +64,8 @@ class KeptHistory:
         self._keeping = keeping
         self._added = 0  # generations since the last call of `prune`
         self._is_settled = False  # whether the journal in use is linked, or this has failed
-        self._is_found = (
-            True  # whether the start found the journal in use, so that its bytes may be only in the page cache
-        )
+        # Whether the start found the journal in use. Then its bytes may be only in the page cache.
+        self._is_found = True
         self._is_named = False  # whether this session has synced the name of the directory
         # The other worker must not replace a file between a look at the file and its link.
         self._lock = threading.Lock()
@@ -108,8 +107,6 @@ class KeptHistory:
         """
         if not self._is_settled:
             self.keep_early(base, known)
-        # The next journal has copies of all records that came after the view.
-        self._is_settled = True
 
     @contextlib.contextmanager
     def replacing(self, base: str, known: lookup.Fingerprint | None, *, is_copied: bool) -> Generator[None]:
@@ -120,7 +117,8 @@ class KeptHistory:
         Args:
             base: As in `keep_early`.
             known: As in `keep_early`.
-            is_copied: Whether the new journal has copies of all records of the journal in use. Then that journal is left out.
+            is_copied: Whether the new journal has copies of all records of the journal in use that are not linked. Then nothing is
+                linked.
         """
         with self._lock:
             if not is_copied and not self._is_settled:

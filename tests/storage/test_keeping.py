@@ -184,6 +184,22 @@ async def test_links_are_durable_before_anything_is_replaced(tmp_path: Path, dis
     assert first < len(calls) - 1 - calls[::-1].index(("fdatasync", "lab.journal"))  # commits go on behind it
 
 
+async def test_a_journal_that_had_no_records_at_a_failed_checkpoint(tmp_path: Path, disk: Disk) -> None:
+    """The checkpoint has left it out. The records that came later are linked before it is given up."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+        await checkpoint(state)
+        disk.fail("replace", "lab.json")
+        await checkpoint(state)
+        assert state.status().last_error is not None
+        await state.set("a", 2)
+        disk.fail("fdatasync", "lab.journal")
+        with pytest.raises(StorageError):
+            await state.set("a", 3)
+        await state.flush()
+        assert shown(tmp_path) == ["0jnone", "1s", "1j"]
+
+
 async def test_a_new_history_is_durable_before_its_first_use(tmp_path: Path, disk: Disk) -> None:
     """Its parent is synced, and again in each session: a killed process may have made it."""
     for value in (1, 2):
@@ -273,6 +289,26 @@ async def test_a_copied_history(tmp_path: Path, end: str, failures: int) -> None
         await checkpoint(state)
         assert state.status().history_failures == failures
         assert copied.read_bytes() == data
+
+
+async def test_a_shared_state(tmp_path: Path) -> None:
+    """Each owner keeps the history. A planned end of an owner, whose journal is continued, begins no generation."""
+    config = Config(name="lab", flush_interval=0, shared=True)
+    first, second = (Manager(config, FileStorage(tmp_path, history=HOUR)) for _ in range(2))
+    async with first:
+        await second.start()
+        await second.set("a", 1)
+        assert second.status().history_generations is None  # the owner has the files
+    await second.set("a", 2)
+    assert second.status().history_generations == 0
+    await second.stop()
+    assert shown(tmp_path) == ["0jnone"]
+    assert [frame.kind.value for frame in of_the_history(tmp_path).frames] == ["R", "R", "C"]
+
+
+def of_the_history(directory: Path) -> journal.Scan:
+    (path,) = directory.glob("lab.history/*.journal")
+    return journal.scan(path.read_bytes(), "lab", str(path))
 
 
 # What fails
