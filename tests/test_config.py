@@ -198,6 +198,15 @@ def test_all_fields_but_the_name_are_given_by_name() -> None:
             unchecked(*arguments, **fields)
 
 
+def test_migrate() -> None:
+    """`migrate` is `"auto"` or `"refuse"`."""
+    assert (make().migrate, make(migrate="refuse").migrate) == ("auto", "refuse")
+    with pytest.raises(ValueError, match=r'^Config\.migrate must be "auto" or "refuse"$'):
+        make(migrate="never")
+    with pytest.raises(TypeError, match=r"^Config\.migrate must be a str, not bool$"):
+        make(migrate=True)
+
+
 def test_a_config_shows_all_its_fields() -> None:
     """The representation of a config names each field, the name first, and can be evaluated."""
     shown = (

@@ -66,11 +66,9 @@ class MigrationCore(CallCore):
     __slots__ = ("_is_over", "beneath", "changes", "is_timed", "refused")
 
     state: StateDraft  # of the base class, and assigned here as well: see `lab_state._state.State`
-    blocked: bool
 
     def __init__(self, name: str, draft: StateDraft) -> None:
         super().__init__(name, draft, Counters())
-        self.blocked = True  # otherwise `Writing.set` would need a flusher
         self.refused: str | None = None
         self.changes: dict[str, StoredOrGone] = draft.changes
         self.beneath: dict[str, Stored] = draft.beneath
@@ -85,14 +83,6 @@ class MigrationCore(CallCore):
         """
         if self._is_over:
             raise RuntimeError("this migration is over: use the draft only inside its function")
-
-    @property
-    def must_wait(self) -> bool:
-        """Always True, so that each write calls `turn`."""
-        return True
-
-    async def turn(self) -> None:
-        """Return at once."""
 
     def end(self) -> None:
         """Refuse later calls. A second call does nothing."""

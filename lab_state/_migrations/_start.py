@@ -66,9 +66,8 @@ class SchemaStart(NamedTuple):
         Raises:
             SchemaError: It may not.
         """
-        if not self.schema.keeps_any:
-            stored = Stored(state.versions, is_new=False, wall=state.written_at, path=session.path)
-            decide(stored, self.schema.versions, may_migrate=False)
+        stored = Stored(state.versions, is_new=False, wall=state.written_at, path=session.path)
+        decide(stored, self.schema, may_migrate=False)
 
     async def use(self, state: State, session: StorageSession, *, is_new: bool) -> Committed | None:
         """Check that the code may use a loaded state, and migrate the state if it is older. Return the commit of the migration.
@@ -84,10 +83,8 @@ class SchemaStart(NamedTuple):
             StorageError: The commit failed.
         """
         schema = self.schema
-        if schema.keeps_any:
-            return None
         stored = Stored(state.versions, is_new, state.written_at, session.path)
-        step = decide(stored, schema.versions, may_migrate=self.may_migrate)
+        step = decide(stored, schema, may_migrate=self.may_migrate)
         if step is Step.MIGRATE:
             return await self._migrate(state, session)
         if step is Step.SET:

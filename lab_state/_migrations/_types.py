@@ -85,9 +85,7 @@ class Types:
 
 def _all_fit(values: list[Value], type_: Any) -> bool:
     """Return True if all values are known to be of a type. One call for many values takes less time than one for each."""
-    data = [value for value in values if isinstance(value, bytes | Raw)]
-    if len(data) < len(values):
-        return False
+    data = [value if isinstance(value, bytes | Raw) else encode(value) for value in values]
     try:
         decode_value(Json(b"[%b]" % b",".join(cast("list[bytes]", data))), list[type_])
     except (TypeError, TypeMismatchError):  # such as a `TypeAdapter`, of which there is no list

@@ -38,13 +38,15 @@ class Stored(NamedTuple):
     path: str
 
 
-def decide(stored: Stored, code: Versions, *, may_migrate: bool) -> Step:
-    """Return what a start of the code does with a stored state.
+def decide(stored: Stored, schema: Schema, *, may_migrate: bool) -> Step:
+    """Return the effect of a start on a stored state, with a schema of the code.
 
     Raises:
         SchemaError: The state cannot be read by code of this version. Or it needs a migration, and `may_migrate` is False.
     """
-    versions = stored.versions
+    versions, code = stored.versions, schema.versions
+    if schema.keeps_any:
+        return Step.KEEP
     if stored.is_new:
         return Step.SET
     if versions.schema > code.schema:

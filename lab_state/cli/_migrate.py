@@ -105,7 +105,7 @@ class _Trial:
         wall = 0 if view.wall is None else int(view.wall * 1000)
         stored = StoredVersions(Versions(view.schema, view.readable_by), is_new, wall, str(self._target))
         draft, steps = StateDraft(self._base), list[dict[str, Any]]()
-        if decide(stored, self._schema.versions, may_migrate=True) is Step.MIGRATE:
+        if decide(stored, self._schema, may_migrate=True) is Step.MIGRATE:
             for to, function in self._schema.after(view.schema):
                 at = time.perf_counter()
                 before = dict(draft.changes)

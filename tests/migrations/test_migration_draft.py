@@ -129,6 +129,31 @@ async def test_the_calls_of_a_transaction(storage: MemoryStorage, clock: ManualC
     await state.stop()
 
 
+async def test_lists_of_keys(storage: MemoryStorage, clock: ManualClock) -> None:
+    """A list of keys has the changes so far: new, moved and deleted keys, in order, with a limit, and after all were deleted."""
+    await filled(storage, clock)
+
+    def change(draft: MigrationDraft) -> None:
+        draft.set("m", 1)
+        draft.delete("n")
+        draft.delete("missing")
+        draft.move("session/b", "a")
+        assert draft.keys() == ["a", "m", "session/a", "users/ann"]
+        assert draft.keys(reverse=True, limit=2) == ["users/ann", "session/a"]
+        assert draft.keys(after="a", limit=1) == ["m"]
+        rows = draft.items()
+        assert next(rows) == ("a", "text")
+        draft.delete_all()
+        draft.set("later", 1)
+        assert dict(rows) == {"m": 1, "session/a": [1], "users/ann": {"age": 30}}
+        assert dict(draft.items()) == {"later": 1}
+        assert draft.keys("x") == []
+
+    state = await migrated(storage, clock, change)
+    assert await state.get_all() == {"later": 1}
+    await state.stop()
+
+
 async def test_moves_that_are_refused(storage: MemoryStorage, clock: ManualClock) -> None:
     """A missing key cannot be moved, and two keys cannot become one. A move of a key to itself changes nothing."""
     await filled(storage, clock)

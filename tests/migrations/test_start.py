@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from pydantic import TypeAdapter
 
 from lab_state import (
     Config,
@@ -200,6 +201,26 @@ async def test_expired_and_other_values_are_not_checked(clock: ManualClock) -> N
     schema.migration(to=2)(lambda _: None)
     async with Manager("people", storage, clock=clock, schema=schema) as state:
         assert await state.keys() == ["other", "users/count", "users/stays"]
+
+
+async def test_types_of_many_kinds() -> None:
+    """A migration checks scalars, values of Pydantic, and values of a `TypeAdapter`, together with other values of the same type."""
+    types: dict[str, Any] = {"n/": int | list[int], "adapter/": TypeAdapter(list[int])}
+    values: dict[str, Any] = {"n/1": 1, "n/2": [2], "n/3": [3], "adapter/1": [1], "adapter/2": [2]}
+    for bad in (None, "n/2", "adapter/2"):
+        storage = MemoryStorage()
+        async with Manager("people", storage) as state:
+            await state.set_many({**values, **({} if bad is None else {bad: ["x"]})})
+        schema = Schema(2, types=types)
+        schema.migration(to=2)(lambda _: None)
+        state = Manager("people", storage, schema=schema)
+        if bad is None:
+            async with state:
+                assert await state.get_all() == values
+        else:
+            with pytest.raises(MigrationError) as error:
+                await state.start()
+            assert error.value.key == bad
 
 
 async def test_a_newer_state_is_left_untouched(tmp_path: Path) -> None:

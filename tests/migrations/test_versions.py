@@ -46,14 +46,14 @@ def stored(schema: int, readable_by: int, *, is_new: bool = False, wall: int = W
 )
 def test_what_a_start_does(found: Stored, code: tuple[int, int], step: Step) -> None:
     """A new state gets the versions, an older one is migrated, and a newer one that the code can read keeps its versions."""
-    assert decide(found, Versions(*code), may_migrate=True) is step
+    assert decide(found, Schema(code[0], readable_by=code[1]), may_migrate=True) is step
 
 
 @pytest.mark.parametrize(("wall", "when"), [(WALL, "at 2023-11-14 22:13:20 UTC "), (0, "")])
 def test_a_newer_state(wall: int, when: str) -> None:
     """A state that only newer code can read is refused. The error says which version wrote it, and when, if that is known."""
     with pytest.raises(SchemaError) as error:
-        decide(stored(3, 2, wall=wall), Versions(1, 1), may_migrate=True)
+        decide(stored(3, 2, wall=wall), Schema(1), may_migrate=True)
     assert str(error.value) == (
         f"state/people.json was written {when}by version 3 of the schema, which code from version 2 on can read. This code "
         "has version 1: run the newer code, or restore a copy that the older code wrote. The state was left untouched"
@@ -63,8 +63,14 @@ def test_a_newer_state(wall: int, when: str) -> None:
 def test_a_start_that_must_not_migrate() -> None:
     """The error says how to migrate. A state of the same version needs no migration."""
     with pytest.raises(SchemaError, match="run `lab-state migrate`, or start one process with Config"):
-        decide(stored(1, 1), Versions(2, 2), may_migrate=False)
-    assert decide(stored(2, 2), Versions(2, 2), may_migrate=False) is Step.KEEP
+        decide(stored(1, 1), Schema(2), may_migrate=False)
+    assert decide(stored(2, 2), Schema(2), may_migrate=False) is Step.KEEP
+
+
+def test_a_tool_takes_each_state() -> None:
+    """The schema of tools fits a state of any version, and a new one, and leaves the versions as they are."""
+    for found in (stored(3, 3), stored(1, 1), stored(1, 1, is_new=True)):
+        assert decide(found, ANY, may_migrate=False) is Step.KEEP
 
 
 @pytest.mark.parametrize(("versions", "code"), [((2, 2), 2), ((3, 2), 2), ((1, 1), 1)])
