@@ -69,6 +69,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         limit: How large a file may grow while the disk is `FULL`.
         ballast: A file that is deleted when the disk is to be no longer full.
         patient: Whether the application never calls `flush`, and leaves that to the background.
+        history: Whether the storage keeps a history.
     """
 
     directory: str
@@ -80,6 +81,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     limit: int | None = None
     ballast: str | None = None
     patient: bool = False
+    history: bool = False
 
 
 class FastClock:
@@ -95,9 +97,11 @@ class FastClock:
         return asyncio.get_running_loop().call_later(delay / _FASTER, callback)
 
 
-def manager(directory: Path | str, interval: float | None = None, clock: FastClock | None = None) -> Manager:
+def manager(
+    directory: Path | str, interval: float | None = None, clock: FastClock | None = None, *, history: bool = False
+) -> Manager:
     config = Config(name=NAME, flush_interval=interval, stop_timeout=10)
-    return Manager(config, FileStorage(directory), clock=clock)
+    return Manager(config, FileStorage(directory, history=3600 if history else None), clock=clock)
 
 
 async def change(state: Manager, revision: int) -> None:
@@ -159,7 +163,7 @@ class Application:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._state = manager(plan.directory, plan.interval, FastClock())
+        self._state = manager(plan.directory, plan.interval, FastClock(), history=plan.history)
 
     async def live(self) -> None:
         """Make every change, stop and start again in the middle, and wait until all is well."""

@@ -74,6 +74,8 @@ class Injector:
             ("ftruncate", "ftruncate"),
             ("replace", "rename"),
             ("unlink", "unlink"),
+            ("link", "linkat"),
+            ("mkdir", "mkdir"),
         ):
             setattr(os, name, self._standing_in(call, getattr(os, name)))
         io.open = self._standing_in("openat", io.open)  # pathlib's

@@ -20,6 +20,8 @@ import msgspec
 from application import CHANGES, Plan
 from witness import UNMEASURED
 
+from lab_state import FileStorage, list_generations, read_state
+
 HERE = Path(__file__).parent
 SCRIPT = str(HERE / "application.py")
 ENVIRONMENT = {
@@ -100,6 +102,10 @@ class Life:
         """Check that another process finds one of the states from the durable one to the tried one, and goes on with it."""
         asyncio.run(_check_what_is_left(Path(self.plan.directory), self.durable, self.tried))
 
+    def check_history(self) -> None:
+        """Check that each acknowledged revision can be read."""
+        asyncio.run(_check_history(Path(self.plan.directory), self.durable))
+
     def _check(self, said: dict[str, Any]) -> None:
         if said["event"] == "error":
             self._check_error(said)
@@ -125,6 +131,19 @@ class Life:
             assert f" {self.plan.directory}" in said["last_error"]  # of a checkpoint, where one failed since
 
 
+async def _check_history(directory: Path, durable: int) -> None:
+    if not durable:
+        return
+    storage = FileStorage(directory)
+    found = await list_generations(application.NAME, storage)
+    assert found[0].first_revision == 0
+    assert not any(one.hole_before for one in found)
+    assert found[-1].last_revision >= durable
+    for revision in {1, durable // 2, durable} - {0}:
+        view = await read_state(application.NAME, storage, at=revision)
+        assert (view.revision, await view.get_all()) == (revision, HISTORY[revision])
+
+
 async def _check_what_is_left(directory: Path, durable: int, tried: int) -> None:
     async with application.manager(directory) as state:
         found = await state.get_all()
@@ -134,7 +153,7 @@ async def _check_what_is_left(directory: Path, durable: int, tried: int) -> None
     async with application.manager(directory) as state:
         assert await state.pop("more") == "more"
         assert await state.get_all() == found
-    assert {file.name for file in directory.iterdir()} <= {"lab.json", "lab.journal", "lab.lock"} | {
+    assert {file.name for file in directory.iterdir()} <= {"lab.json", "lab.journal", "lab.lock", "lab.history"} | {
         file.name for file in directory.glob("lab.journal.torn-*")
     }
     snapshot = json.loads((directory / "lab.json").read_bytes())

@@ -24,22 +24,26 @@ def points(calls: list[str]) -> Iterator[Kill]:
             yield Kill(number=number, half=True)
 
 
-def plan(directory: Path, kill: Kill | None = None) -> Plan:
-    return Plan(directory=str(directory), interval=0, end="stop", kill=kill)
+def plan(directory: Path, kill: Kill | None = None, *, history: bool = False) -> Plan:
+    return Plan(directory=str(directory), interval=0, end="stop", kill=kill, history=history)
 
 
 @pytest.mark.timeout(180)
-def test_killed_at_every_call(tmp_path: Path) -> None:
-    """Whatever was acknowledged up to that call is there, and the next process goes on."""
+@pytest.mark.parametrize("history", [False, True])
+def test_killed_at_every_call(tmp_path: Path, *, history: bool) -> None:
+    """Whatever was acknowledged up to that call is there, and the next process goes on. In a history, each moment can be read."""
     killed = 0
     with in_memory(tmp_path) as directory, zygote() as children:
-        unharmed = children.live(plan(directory / "state"))
+        unharmed = children.live(plan(directory / "state", history=history))
         check_death(unharmed)
+        assert ("linkat" in unharmed.calls) == history
         for kill in points(unharmed.calls):
             shutil.rmtree(directory / "state")
-            life = children.live(plan(directory / "state", kill))
+            life = children.live(plan(directory / "state", kill, history=history))
             check_death(life)
             life.check()
+            if history:
+                life.check_history()
             life.check_what_is_left()
             killed += 1
     sys.stdout.write(f"killed at {killed} points of {len(unharmed.calls)} calls: nothing acknowledged was lost\n")
@@ -69,7 +73,7 @@ def test_killed_at_every_call_of_a_recovery(tmp_path: Path) -> None:
         first = cut_short(children, directory)
         shutil.copytree(directory / "cut", directory / "state")
         calls = children.live(plan(directory / "state")).calls[:RECOVERY]
-        assert {"openat", "write", "ftruncate", "fsync", "rename", "unlink", "fdatasync"} == set(calls)
+        assert {"openat", "write", "ftruncate", "fsync", "rename", "unlink", "fdatasync", "mkdir"} == set(calls)
         for kill in points(calls):
             shutil.rmtree(directory / "state")
             shutil.copytree(directory / "cut", directory / "state")
