@@ -302,7 +302,11 @@ def run(life: Life) -> int:
 async def _live(life: Life, history: History) -> None:
     worker = Worker(life, history)
     note_states(worker.saw)
-    await worker.live()
+    try:
+        await worker.live()
+    finally:
+        # The event loop removes its handler at its end. Without this, a late SIGTERM would kill a process that has stopped.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _die_with(parent: int) -> None:
