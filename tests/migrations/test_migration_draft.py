@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import pytest
 
 from lab_state import (
@@ -18,6 +20,7 @@ from lab_state import (
     Schema,
     read_state,
 )
+from lab_state._values import encode_plain, encode_value
 from lab_state.testing import ManualClock
 
 Function = Callable[[MigrationDraft], object]
@@ -236,3 +239,39 @@ async def test_a_migration_that_deletes_everything(storage: MemoryStorage, clock
     await state.stop()
     async with state:
         assert await state.get_all() == {"users/ann": 1}
+
+
+class Broken:
+    """An object of a class that cannot be kept."""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1,
+        "text",
+        [1, "ü", None],
+        {"name": "ü", "parts": [[1.5], {}]},
+        {"large": ["x" * 50] * 100},
+        {"time": "10:11:12"},
+        {1: "a", "b": 2},
+        {"when": datetime(2026, 1, 1, tzinfo=UTC)},
+        {"part": msgspec.Raw(b'{"a": 1}')},
+        {"part": msgspec.Raw(b"nothing")},
+        [float("nan")],
+        {"a": -float("inf")},
+        {"a": "\ud800"},
+        {"a": Broken()},
+        {1: "a", "1": "b"},
+        (1, 2),
+    ],
+)
+def test_the_values_of_a_migration_are_those_of_set(value: Any) -> None:
+    """The fast way to encode a value gives the same bytes, or the same error, as the usual one."""
+    results: list[Any] = []
+    for encode in (encode_plain, encode_value):
+        try:
+            results.append(encode(value))
+        except InvalidValueError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
