@@ -142,8 +142,8 @@ CRASH: dict[str, tuple[str, dict[str, str]]] = {
     "history": ("crash/test_history_states.py", {"LAB_STATE_HISTORY_STATES": "50000"}),
     "history reads": ("storage/test_history_walk.py", {"LAB_STATE_HISTORY_READS": "10000"}),
     "kills": (
-        "crash/test_kill.py crash/test_storm.py",
-        {"LAB_STATE_KILL_CYCLES": "10000", "LAB_STATE_STORM_CYCLES": "300"},
+        "crash/test_kill.py crash/test_storm.py cli/test_killed.py",
+        {"LAB_STATE_COMMAND_KILLS": "1", "LAB_STATE_KILL_CYCLES": "10000", "LAB_STATE_STORM_CYCLES": "300"},
     ),
     "faults": (
         "crash/test_faults.py crash/test_kill_points.py crash/test_traced.py crash/test_lifecycle.py",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 60.0
+KILL_AT = "LAB_STATE_TEST_KILL_AT"
 _STATUS = struct.Struct("=ii")
 
 
@@ -177,6 +178,8 @@ def _run(request: dict[str, Any], fds: list[int]) -> None:
     sys.stdout = os.fdopen(1, "w", encoding=encoding)
     sys.stderr = os.fdopen(2, "w", encoding=encoding)
     sys.argv = ["lab-state", *request["argv"]]
+    if KILL_AT in os.environ:
+        _kill_at(int(os.environ[KILL_AT]), Path(request["cwd"]))
     code = 1
     try:
         main()
@@ -191,6 +194,14 @@ def _run(request: dict[str, Any], fds: list[int]) -> None:
                 file.flush()
         _save_coverage()
         os._exit(code)
+
+
+def _kill_at(number: int, directory: Path) -> None:
+    """End this process with SIGKILL before its n-th call that opens, writes, syncs, renames or deletes a file in the directory."""
+    sys.path.append(str(Path(__file__).parents[1] / "crash"))
+    from injector import Injector, Kill  # noqa: PLC0415
+
+    Injector(directory, [], Kill(number=number)).install()
 
 
 def _save_coverage() -> None:
