@@ -223,6 +223,13 @@ def shared(session: nox.Session) -> None:
 
 
 @nox.session
+def operations(session: nox.Session) -> None:
+    """Run the alerts and the dashboard of docs/operations.md on Prometheus; it needs Debian's package `prometheus`."""
+    session.install(".", *_group("test"))
+    session.run("pytest", "tests/operations_in_full.py", *session.posargs, env=WHEEL_ONLY)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Kill two servers under load: one with lab_state, one with `json.dump`. Then kill workers that share a state. This takes less than 45 s."""
     session.install("-q", ".", *_group("demo"))

@@ -60,13 +60,13 @@ async def after_set(directory: Path) -> None:
 
 
 async def after_copy(directory: Path) -> None:
-    """The copy is missing, was never written, or is whole. The source is as before."""
+    """Check that the copy is missing, was never written, or is whole. The source is as before."""
     assert await values(directory, "copy", "two") in (None, {}, SECOND)
     await state_is(directory, SECOND)
 
 
 async def after_backup(directory: Path) -> None:
-    """The path has the older backup or the new one."""
+    """Check that the path has the older backup or the new one."""
     assert await values(directory, "backup", ".") in (OLD, SECOND)
     await state_is(directory, SECOND)
 
@@ -81,7 +81,7 @@ async def after_restore_into(directory: Path) -> None:
 
 
 async def after_repair(directory: Path) -> None:
-    """The state is refused as before, or it is repaired. The damaged file is there in both cases."""
+    """Check that the state is refused as before, or is repaired. The damaged file is there in both cases."""
     try:
         assert await values(directory) == {**SECOND, "b": [1, 3]}
     except CorruptionError:
