@@ -73,6 +73,12 @@ def failures(session: S3Session) -> int:
     return session.history.failures
 
 
+@pytest.fixture(autouse=True)
+def _each_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each snapshot be copied, also if only a few records came since the last copy."""
+    monkeypatch.setattr(_keeping, "_MOST_NUMBERS", 1)
+
+
 @pytest.fixture(params=["conditions", "bytes"])
 def copying(request: pytest.FixtureRequest, bucket: Bucket, proxy: Proxy) -> Action:
     """Let the store honour the condition of a copy, or ignore it as the stores of the tests do. Return what it does with a PUT."""
@@ -394,6 +400,38 @@ async def test_another_object_under_the_key(bucket: Bucket, caplog: pytest.LogCa
     assert bucket.get(time_of_copy)[0] == b"foreign"
     assert failures(session) == 1
     assert f"s3://{bucket.name}/{time_of_copy} is another object" in caplog.text
+
+
+async def test_records_that_are_few(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session copies the snapshot that it found. Its own are copied when the records since then are many, or large."""
+    monkeypatch.setattr(_keeping, "_MOST_NUMBERS", 5)
+    monkeypatch.setattr(_keeping, "_LEAST_BYTES", 3000)
+    session = await opened(bucket)
+    for number in range(7):  # the snapshots cover the numbers 2 to 8
+        await generation(session, b"%d" % number)
+    await session.aclose()
+    assert list(copies(bucket)) == [2, 7]
+    session = await opened(bucket)
+    for _ in range(3):  # 10 to 12; the fence is 9
+        await generation(session, b"x" * 2000)
+    await session.aclose()
+    assert list(copies(bucket)) == [2, 7, 8, 11]
+    assert records(bucket) == [2, 3, 4, 5, 6, 7, 8, 10, 11, 12]
+
+
+async def test_records_that_are_not_counted_yet(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the records of earlier sessions are not counted, each snapshot is copied."""
+    session = await opened(bucket)
+    await generation(session, *(b"%d" % number for number in range(20)))
+    await session.aclose()
+    monkeypatch.setattr(_keeping, "_MOST_NUMBERS", 1000)
+    monkeypatch.setattr(_client, "_LISTED_AT_ONCE", 3)
+    monkeypatch.setattr(_keeping, "_MOST_PAGES", 1)
+    session = await opened(bucket)
+    await generation(session, b"a")
+    await generation(session, b"b")
+    await session.aclose()
+    assert list(copies(bucket)) == [21, 23]
 
 
 # The recorded time, and imported files

@@ -4,6 +4,9 @@ A generation is a snapshot with the records after it, up to the next snapshot. B
 snapshot is copied under a separate key. The records keep their keys. If the copy fails, no record is missing: the records
 after the missing snapshot belong to the generation before it.
 
+Not each snapshot is copied. The records lead to it from the one before. So a session copies the snapshot that it has found, and later
+one of its own when the records since the last copy have more bytes than the snapshot, or are many.
+
 The store makes the copy, on the condition that the snapshot still has its ETag. Without this condition, a request that arrives
 late would replace a copy by another snapshot. Before the first copy, a test shows whether the store honours the condition. If
 it does not, the bytes are fetched, and sent with the condition that there is no copy yet.
@@ -31,6 +34,8 @@ END_BYTES = 4096
 """The number of bytes at the end of a snapshot that usually have its reserved member."""
 
 _MOST_PAGES = 100
+_LEAST_BYTES = 1024 * 1024
+_MOST_NUMBERS = 1024  # a reader fetches so many records; this takes some seconds
 
 
 class Keeper:
@@ -48,6 +53,7 @@ class Keeper:
         self._sizes: list[int] = []  # the sizes of these snapshots, each with the records after it
         self._before = 0  # the number of bytes of records before the first snapshot
         self._counted = 0  # the number of the last record whose size was counted
+        self._last: tuple[Older, int] | None = None  # the last copy of this session, with its size
         self._added = 0  # the number of generations since the last pruning
 
     @property
@@ -58,11 +64,15 @@ class Keeper:
 
     # Keeping
 
-    async def keep(self, etag: str, seq: int) -> None:
-        """Copy the present snapshot, if it still has an ETag. `seq` is the number of the last record that it covers.
+    async def keep(self, etag: str, seq: int, size: int) -> None:
+        """Copy the present snapshot, if it still has an ETag, and if enough records came since the last copy.
+
+        `seq` is the number of the last record that it covers, and `size` its number of bytes.
 
         A failure is logged and counted, and not raised.
         """
+        if self._goes_on(seq, size):
+            return
         try:
             await self.keep_or_raise(etag, seq)
         except StorageError as error:
@@ -72,6 +82,16 @@ class Keeper:
                 self._names.url(self._names.snapshot),
                 error,
             )
+
+    def _goes_on(self, seq: int, size: int) -> bool:
+        """Return whether the generation that this session has begun goes on beyond a snapshot of its own."""
+        if self._last is None or self._counted < seq:
+            return False
+        older, copied = self._last
+        if not self._kept or self._kept[-1] != older:  # it was pruned
+            return False
+        records = self._sizes[-1] - copied
+        return seq - older.seq < _MOST_NUMBERS and records < max(_LEAST_BYTES, size)
 
     async def keep_or_raise(self, etag: str, seq: int) -> bool:
         """Copy the present snapshot as `keep` does. Return whether the history has it.
@@ -88,6 +108,7 @@ class Keeper:
         older = Older(seq, max(0, wall) or self._now())
         kept = await self._listed()
         if older in kept:
+            self._last = older, found.size
             return True
         if not await self.copy(self._names.snapshot, found, self._names.kept(older)):
             return False
@@ -95,6 +116,7 @@ class Keeper:
         kept.insert(at, older)
         self._sizes.insert(at, found.size)
         self._added += 1
+        self._last = older, found.size
         return True
 
     def _now(self) -> int:

@@ -192,7 +192,7 @@ class S3Session:
         try:
             # If there are no records between the old snapshot and the new one, both are equal.
             if self._keeper is not None and self._etag is not None and stamp.seq > self._covered:
-                await self._keeper.keep(self._etag, self._covered)
+                await self._keeper.keep(self._etag, self._covered, self.snapshot_bytes)
             covered = await self._replace(body, stamp)
         finally:
             spool.discard()
