@@ -15,6 +15,7 @@ from lab_state.storage._generations import (
     find_time,
     moment_of_record,
     moment_of_snapshot,
+    revision_of_record,
     text_of,
     window,
 )
@@ -65,8 +66,8 @@ def until(records: tuple[bytes, ...], at: At) -> int:
                 return number
         return 0
     for number, record in enumerate(records):
-        moment = moment_of_record(record)
-        if moment is not None and moment.revision > at:
+        revision = revision_of_record(record)
+        if revision is not None and revision > at:
             return number
     return len(records)
 

@@ -188,8 +188,9 @@ def _check_end(reading: Reading) -> None:
 
 def _span_by_ends(name: str, found_journal: OpenFile, found_snapshot: OpenFile | None) -> Span | None:
     """Return the moments of a journal and its snapshot by their ends. Return `None` if they do not certainly belong together."""
+    start = found_journal.read(_FIRST_READ)
     try:
-        head = journal.read_header(found_journal.read(_FIRST_READ), name, found_journal.path)
+        head = journal.read_header(start, name, found_journal.path)
     except StorageError:
         return None
     if head.base == ANY_BASE:
@@ -198,7 +199,7 @@ def _span_by_ends(name: str, found_journal: OpenFile, found_snapshot: OpenFile |
         first = Moment(0, head.wall) if found_snapshot is None else None
     else:
         first = None if found_snapshot is None else _first_of_snapshot(found_snapshot, head.base)
-    return None if first is None else Span(first, _last(found_journal, head.salt, first))
+    return None if first is None else Span(first, _last(found_journal, start, head.salt, first))
 
 
 def _first_of_full(name: str, file: OpenFile) -> Moment | None:
@@ -223,11 +224,14 @@ def _moment_at_end(file: OpenFile, start: int, end: int) -> Moment | None:
     return None
 
 
-def _last(file: OpenFile, salt: str, first: Moment) -> Moment:
-    """Return the moment of the last record of a journal; `first` if it has none. Read its end, and more only if the record is longer."""
+def _last(file: OpenFile, start: bytes, salt: str, first: Moment) -> Moment:
+    """Return the moment of the last record of a journal; `first` if it has none. Read its end, and more only if the record is longer.
+
+    `start` has the first bytes of the journal. Often they are all of it, and nothing has to be read.
+    """
     size = file.status.st_size
     for most in _sizes(size):
-        frame = journal.last_content(file.read(most, size - most), salt)
+        frame = journal.last_content(start if size <= len(start) else file.read(most, size - most), salt)
         if frame is not None:
             found = None if frame.kind is FrameKind.FULL else moment_of_record(frame.payload)
             return first if found is None or found.revision < first.revision else found
@@ -278,7 +282,7 @@ def _found(paths: Paths, name: str, generation: StoredGeneration) -> FoundGenera
             first = first._replace(wall=status.st_mtime_ns // 1_000_000)
     last, longest = first, None
     for file in generation.journals:
-        with _opened(os.path.join(paths.history, format_name(file))) as found:
+        with _opened(f"{paths.history}/{format_name(file)}") as found:
             if found is None:
                 return None  # the generation is being pruned, and its snapshot goes next
             size += found.status.st_size
@@ -297,15 +301,16 @@ def _found(paths: Paths, name: str, generation: StoredGeneration) -> FoundGenera
 
 def _last_of(name: str, file: OpenFile, first: Moment) -> Moment | None:
     """Return the last moment of a journal in a history. Return `None` if its header is damaged."""
+    start = file.read(_FIRST_READ)
     try:
-        head = journal.read_header(file.read(_FIRST_READ), name, file.path)
+        head = journal.read_header(start, name, file.path)
     except StorageError:
         return None
-    return _last(file, head.salt, first)
+    return _last(file, start, head.salt, first)
 
 
 def _status(paths: Paths, file: HistoryFile) -> os.stat_result | None:
     try:
-        return os.stat(os.path.join(paths.history, format_name(file)))
+        return os.stat(f"{paths.history}/{format_name(file)}")
     except OSError:
         return None

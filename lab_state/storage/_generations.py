@@ -27,12 +27,16 @@ from lab_state._journal import ANY_BASE, NO_BASE
 from lab_state._not_json import NOT_JSON
 
 _FULL = "full"
-_BASE = r"\d{1,15}-[0-9a-f]{8}"
+_NUMBER = r"(?:0|[1-9]\d{0,19})"
+_BASE = rf"{_NUMBER}-[0-9a-f]{{8}}"
 _SALT = re.compile(r"[0-9a-f]{16}")
 _NAME = re.compile(
-    rf"(?P<first>\d{{20}})-(?P<wall>\d{{1,20}})-(?:(?P<snapshot>{_BASE})\.json|(?P<salt>[0-9a-f]{{16}})-(?P<base>{_BASE}|none|full)\.journal)",
+    rf"(?P<first>\d{{20}})-(?P<wall>{_NUMBER})-(?:(?P<snapshot>{_BASE})\.json|(?P<salt>[0-9a-f]{{16}})-(?P<base>{_BASE}|none|full)\.journal)",
     re.ASCII,
 )
+_REVISIONS = re.compile(rb'\{"from":\d{1,19},"to":(\d{1,19}),')
+"""The start of a record, as `_codec` encodes it."""
+
 _MEMBER = b'"$lab_state":'
 
 
@@ -86,11 +90,9 @@ def parse_name(name: str) -> HistoryFile | None:
         return None
     first, wall = int(found["first"]), int(found["wall"])
     if found["snapshot"]:
-        file = HistoryFile(first, wall, found["snapshot"])
-    else:
-        base = found["base"]
-        file = HistoryFile(first, wall, ANY_BASE if base == _FULL else base, found["salt"])
-    return file if format_name(file) == name else None  # a number may have zeros before it
+        return HistoryFile(first, wall, found["snapshot"])
+    base = found["base"]
+    return HistoryFile(first, wall, ANY_BASE if base == _FULL else base, found["salt"])
 
 
 class StoredGeneration(NamedTuple):
@@ -216,6 +218,14 @@ def moment_of_record(record: bytes) -> Moment | None:
     except NOT_JSON:
         return None
     return Moment(found.end, found.wall)
+
+
+def revision_of_record(record: bytes) -> int | None:
+    """Return the last revision of a record. Return `None` if it is not a record. The cost does not depend on its size."""
+    if (found := _REVISIONS.match(record)) is not None:
+        return int(found[1])
+    moment = moment_of_record(record)
+    return None if moment is None else moment.revision
 
 
 # Holes, and the generation of a moment

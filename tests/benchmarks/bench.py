@@ -28,6 +28,7 @@ import calls
 import durable
 import growth
 import history
+import history_reads
 import hot
 import large
 import many
@@ -85,6 +86,7 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
         run(durable.durable(results, directory, count, scale.rounds))
     elif part == "history":
         run(history.history(results, directory, scale))
+        run(history_reads.history_reads(results, directory, scale))
     elif part == "large":
         run(large.large(results, directory, count))
     elif part == "mirror":

@@ -24,6 +24,7 @@ from lab_state.storage._generations import (
     moment_of_record,
     moment_of_snapshot,
     parse_name,
+    revision_of_record,
     snapshot_file,
 )
 
@@ -130,6 +131,13 @@ def test_the_moment_of_a_record() -> None:
     assert moment_of_record(b'{"from":41,"to":45}') == Moment(45, 0)
     assert moment_of_record(b'{"from":41}') is None
     assert moment_of_record(b"\xff") is None
+
+
+def test_the_revision_of_a_record() -> None:
+    """It is the last one, in any order of the members."""
+    assert revision_of_record(b'{"from":41,"to":45,"clear":false') == 45
+    assert revision_of_record(b'{"to":45,"from":41}') == 45
+    assert revision_of_record(b"[]") is None
 
 
 def test_holes() -> None:
