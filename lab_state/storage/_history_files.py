@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -43,6 +44,15 @@ HEAD_BYTES = 4096
 
 _END_BYTES = 64 * 1024
 """The bytes of a snapshot that are read first, from its end, to find its revision."""
+
+_PLAIN_END = re.compile(rb',"wall":(\d{1,19})(?:,"[a-z_]+":(?:\d+|true))*,"crc32":"[0-9a-f]{8}"\}\}\Z')
+"""The end of a snapshot without results of calls. Before it, only the times of keys can follow the head of the reserved member."""
+
+_MEMBER = b'"$lab_state":{'
+"""No key contains this text in a file: a quotation mark in a key has a backslash before it."""
+_MEMBER_HEAD = re.compile(rb'"\$lab_state":\{"format":\d+,"revision":(\d{1,19}),')
+_HEAD_MOST = 64
+_PIECE = 1024 * 1024
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """The errors of file systems without hard links."""
@@ -119,14 +129,32 @@ def _present_snapshot(path: str, base: str, known: lookup.Fingerprint | None) ->
 
 
 def _moment(path: str, start: int, end: int) -> Moment:
-    """Return the revision and the time of the snapshot in a part of a file. Both are 0 if another program wrote it."""
+    """Return the revision and the time of the snapshot in a part of a file. Both are 0 if another program wrote it.
+
+    The times of expiring keys may be many bytes. They are not decoded, because that would block every other thread.
+    """
     size = _END_BYTES
     while True:
         at = max(start, end - size)
-        moment = moment_of_snapshot(fs.read(path, end - at, at) or b"")
+        tail = fs.read(path, end - at, at) or b""
+        moment = moment_of_snapshot(tail)
         if moment is not None or at == start:
             return moment or Moment(0, 0)
+        if (plain := _PLAIN_END.search(tail)) and (revision := _revision_before(path, start, at)) is not None:
+            return Moment(revision, int(plain[1]))
         size *= 8
+
+
+def _revision_before(path: str, start: int, end: int) -> int | None:
+    """Return the revision in the reserved member that begins in a part of a file. Search in pieces, the last one first."""
+    while end > start:
+        at = max(start, end - _PIECE)
+        piece = fs.read(path, end - at + _HEAD_MOST, at) or b""
+        if (position := piece.rfind(_MEMBER)) >= 0:
+            found = _MEMBER_HEAD.match(piece, position)
+            return None if found is None else int(found[1])
+        end = at
+    return None
 
 
 def _revision_in_history(paths: Paths, base: str) -> int | None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -239,14 +240,41 @@ async def test_a_file_of_another_program_is_a_generation(tmp_path: Path) -> None
     assert kept(tmp_path)[0].wall == 5000
 
 
-async def test_a_large_end_of_a_snapshot(tmp_path: Path) -> None:
-    """The revision is found although many keys expire: their times are behind it in the file."""
+@pytest.mark.parametrize("piece", [1024 * 1024, 100, 7])
+@pytest.mark.parametrize("is_edited", [False, True])
+async def test_a_large_end_of_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, piece: int, is_edited: bool
+) -> None:
+    """The revision is found although many keys expire: their times are behind it in the file. An edit is the next revision."""
+    monkeypatch.setattr(_history_files, "_PIECE", piece)
+    monkeypatch.setattr(_history_files, "_END_BYTES", 512)
+    trap = {"$lab_state": {"format": 1, "revision": 7, "id": "0" * 16}, '"$lab_state":{"format":1,"revision":8,"id"': 1}
     async with manager(tmp_path) as state:
-        for start in range(0, 8000, 1000):
-            await state.set_many({f"key-{number}": 1 for number in range(start, start + 1000)}, ttl=1000)
-        await checkpoint(state)
+        await state.set_many(
+            {f'"$lab_state":{{"format":1,"revision":{number},': trap for number in range(50)}, ttl=1000
+        )
+    path = tmp_path / "lab.json"
+    data = path.read_bytes()
+    assert len(data) > 2000
+    if is_edited:
+        path.write_bytes(re.sub(rb',"crc32":"[0-9a-f]{8}"', b"", data))
+    async with manager(tmp_path) as state:
         await state.set("a", 1)
-    assert [file.first for file in kept(tmp_path)] == [0, 8, 8]
+        await checkpoint(state)
+        revision = 2 if is_edited else 1
+        assert shown(tmp_path) == ["0jnone", f"{revision}s", f"{revision}j"]
+        assert kept(tmp_path)[1].wall == json.loads(data)["$lab_state"]["wall"]
+
+
+@pytest.mark.parametrize("old", [b'"revision":1', b'"$lab_state":{'])
+def test_a_member_in_another_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes) -> None:
+    """A newer version, or a tool, may write the reserved member with spaces. It is found by decoding."""
+    monkeypatch.setattr(_history_files, "_END_BYTES", 512)
+    data = b'{"k":1,"$lab_state":{"format":1,"revision":1,"id":"0000000000000000","expires":{"k":%s},"wall":5,"crc32":"00000000"}}'
+    path = tmp_path / "file"
+    path.write_bytes((data % (b" " * 1000 + b"1700000000000")).replace(old, old.replace(b":", b": ")))
+    moment = _history_files._moment(str(path), 0, path.stat().st_size)
+    assert moment == (1, 5)
 
 
 async def test_a_link_that_is_there_already(tmp_path: Path) -> None:
