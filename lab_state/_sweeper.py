@@ -16,7 +16,7 @@ _PERIOD = 1.0
 """The longest wait of the timer, in seconds. Without a watch, each wait is this long, unless keys that are due are left."""
 
 SWEPT_AT_START = 100_000
-"""The largest number of expired keys that one change of a start deletes."""
+"""The largest number of expired keys that a manager deletes at its start, as one change."""
 
 _KEYS_PER_STEP = 500
 _GAP = 0.02
@@ -45,7 +45,7 @@ class Sweeper:
             state: The state.
             clock: The clock of the manager.
             busy: A function that returns True while no sweep may run: a transaction is open, or no change can become
-                durable. `resume` is called at the end of each transaction.
+                durable. When this may have changed, `resume` is called.
             swept: A callback. It is called after each sweep that deleted keys.
             begun: A callback. It is called when a key gets an expiry, if no other key has one.
             layer: The state that a sweep changes; by default `state`. In a shared state, this is the `OwnerLayer`, and
@@ -82,7 +82,8 @@ class Sweeper:
     def resume(self) -> None:
         """Run the sweep that was postponed, if there is one.
 
-        This is called at the end of each transaction, before the next one begins. A sweep that waited for the timer
+        This is called when `busy` may no longer return True: at the end of each transaction, before the next one begins. In
+        a shared state, it is also called after each commit, and after each call in steps. A sweep that waited for the timer
         instead could find an open transaction each time.
         """
         if self._put_off:
@@ -97,9 +98,10 @@ class Sweeper:
             self._arm(self._delay())
 
     def _look_ahead(self) -> None:
-        """Set the timer. While there is a watch, first put the keys of the next seconds into the heap of `Expiries`.
+        """Set the timer. While there is a watch, first put the keys that expire in the next seconds into the heap of `Expiries`.
 
-        At most 500 keys of each second are put there. If keys of these seconds are left, the timer fires at once.
+        One call puts at most 500 of the keys that expire in the same second there. If keys are left, the timer fires at
+        once, and the next call goes on.
         """
         self._looking_ahead = True
         try:
@@ -109,7 +111,7 @@ class Sweeper:
         self._arm(0.0 if more else self._delay())
 
     def _delay(self) -> float:
-        """Return the seconds from now to the next sweep. It depends on the first key in the heap, if there is one."""
+        """Return the time from now to the next sweep, in seconds. It depends on the first key in the heap, if there is one."""
         at = self._state.expiries.nearest()
         if at is None:
             return _PERIOD

@@ -106,7 +106,7 @@ class Follower:
         self._named_more = asyncio.Event()
 
     def open(self, connected: OwnSocket, *, anew: bool) -> None:
-        """Send the hello over a connected socket. With `anew`, ask the owner for a load, even if there is a copy."""
+        """Send the hello over a connected socket. With `anew`, send no revision, so that this process loads the state again, even if it has a copy."""
         self.owner_pid = peer_of(connected).pid
         copy, port = self._copy, self._port
         revision = copy.state.revision if copy.has_state and not anew else None
@@ -123,12 +123,12 @@ class Follower:
             if silent >= patience:
                 raise UnavailableError(
                     f"the owner of {self._name!r} (pid {self.owner_pid}) gave no sign of life for {silent:.0f} s: it "
-                    "may hang; start again, or end that process"
+                    "may hang; call start() again, or end that process"
                 )
             await done_within(self.ready, self._clock, patience - silent)
 
     async def say_farewell(self, deadline: float) -> bool:
-        """Tell the owner that this process stops. Return whether the owner has confirmed the message before the deadline.
+        """Tell the owner that this process is stopping. Return whether the owner confirmed the message before the deadline.
 
         The deadline is in seconds of the clock.
         """
@@ -150,7 +150,7 @@ class Follower:
 
     @property
     def acknowledgement(self) -> int:
-        """The highest number for which this holds: the client needs no answer to calls with this or a lower number."""
+        """The number up to which the client needs no more answers. It needs none to the call with this number either."""
         return self._port.acknowledgement
 
     def calls_to_send(self) -> Iterable[bytes | memoryview]:
@@ -158,10 +158,11 @@ class Follower:
         return self._port.calls_to_send()
 
     def starting(self, starting: Starting) -> None:
-        """Note that the owner loads its state.
+        """Note that the owner is still loading its state.
 
-        Store the time in the message, unless an owner may have forgotten this client by then. In that case, the old time
-        must stay. The hello has sent the old time to the owner, which does not know its clients before it has loaded the state.
+        Store the time of this message as the last time at which the owner was heard. If an owner may have forgotten this
+        client since the stored time, keep the stored time. From it, the owner decides whether it knows this client, after it
+        has loaded the state. The hello has sent this time.
         """
         self.owner_pid = starting.pid
         heard, calls = self.link.heard, self._port.calls
@@ -256,7 +257,7 @@ class Follower:
 
     def _note(self, outcome: Outcome, record: ParsedRecord) -> None:
         if outcome is Outcome.GAP:
-            raise BadMessageError("a record that starts above the copy")
+            raise BadMessageError("a gap in the records: this one does not follow the revision of the copy")
         self._name_durable(record.end)
         if outcome is Outcome.APPLIED:
             self._copy.changed(record)
@@ -308,7 +309,7 @@ class Follower:
         if isinstance(problem, OtherVersionError):
             return UnsupportedError(
                 f"the owner of the state {self._name!r} (pid {self.owner_pid}) has another version of lab_state: "
-                f"{problem}; all processes need one version"
+                f"{problem}; all processes must run the same version"
             )
         if not self.link.is_greeted and not self._copy.has_state:
             return UnsupportedError(
@@ -351,7 +352,9 @@ class Follower:
         self.ready.set_result(True)
 
     async def _read(self) -> LoadedState:
-        """Read the files, until the result is not older than the copy. Wait until the owner has reported its revision as durable.
+        """Read the files again until the result is at least as new as the copy.
+
+        After each reading, wait until the owner has reported the revision of the result as durable.
 
         Raises:
             CorruptionError: The state of the owner is older than the copy.

@@ -42,7 +42,7 @@ class ClientSide(Protocol):
 
     @property
     def acknowledgement(self) -> int:
-        """The highest number for which this holds: the client needs no answer to calls with this or a lower number."""
+        """The number up to which the client needs no more answers. It needs none to the call with this number either."""
         ...
 
     def calls_to_send(self) -> Iterable[bytes | memoryview]:

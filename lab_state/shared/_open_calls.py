@@ -91,7 +91,7 @@ class OpenCalls(Generic[C]):
 
     @property
     def acknowledgement(self) -> int:
-        """The highest number for which this holds: the client needs no answer to calls with this or a lower number."""
+        """The number up to which the client needs no more answers. It needs none to the call with this number either."""
         return next(iter(self._open)) - 1 if self._open else self._last
 
     def submit(self, call: C, size: int, since: int | None = None, refused_on: int | None = None) -> OpenCall[C]:

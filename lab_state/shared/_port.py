@@ -289,7 +289,7 @@ class SharedPort(DataCalls):
 
     @property
     def acknowledgement(self) -> int:
-        """The highest number for which this holds: the client needs no answer to calls with this or a lower number."""
+        """The number up to which the client needs no more answers. It needs none to the call with this number either."""
         return self.calls.acknowledgement
 
     def follow(self, send_soon: Callable[[], object], ask: Callable[[int], object]) -> None:

@@ -29,7 +29,7 @@ R = TypeVar("R")
 _Work = Callable[[], None]
 
 _MOST = 32
-"""The largest number of threads of one storage object. A state whose disk hangs blocks at most two of them, one for each worker."""
+"""The largest number of threads of one storage object. An open state has two workers. So a state whose disk hangs blocks at most two threads."""
 
 _IDLE_SECONDS = 10.0
 """The seconds for which an idle thread waits for work. Starting a thread takes as long as a sync of a fast disk."""
@@ -55,7 +55,9 @@ class Threads:
         self._free = 0  # the number of idle threads, minus the number of workers that wait for a thread
         self._workers = 0  # workers that were not shut down
         self.turns: int = 0  # the number of calls that have ended
-        self._dropped: deque[None] = deque()  # one item for each worker that was collected without `shutdown`
+        self._dropped: deque[None] = (
+            deque()
+        )  # one item for each worker that was collected without `shutdown`, and is still counted
 
     def __reduce__(self) -> tuple[type[Threads], tuple[str]]:
         """Let `copy` and `pickle` make an object without threads. The copy starts other threads when it needs them."""
@@ -72,7 +74,7 @@ class Threads:
             self._workers += 1
 
     def leave(self) -> None:
-        """Count a worker that was shut down. After the last one, each thread ends when it has no work."""
+        """Remove a worker that was shut down from the count. After the last one, each thread ends when it has no work."""
         with self._lock:
             self._workers -= 1
             for _ in range(0 if self._workers else self._free):
@@ -111,8 +113,8 @@ class Threads:
             if self._count:  # a running thread will make the call later
                 return
             raise UnavailableError(
-                f"no thread could be started for {self._name}: raise the limit of processes (`ulimit -u`, or the pids "
-                "of the container)"
+                f"no thread could be started for {self._name}: raise the limit of processes (`ulimit -u`, or the limit "
+                "of pids of the container)"
             ) from error
         self._count += 1
         self._free += 1

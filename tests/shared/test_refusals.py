@@ -170,7 +170,7 @@ OTHER = said(Starting(host="h", pid=1)).replace(b'"protocol":1', b'"protocol":2'
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (OTHER, r"another version of lab_state.*all processes need one version"),
+        (OTHER, r"another version of lab_state.*all processes must run the same version"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", r"another program \(pid \d+\) answers at the socket"),
         (b"\0\0\0\1?x", "another program"),
         (said(No(reason="name", detail="this is another state")), "does not admit this process: this is another state"),
