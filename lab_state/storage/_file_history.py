@@ -59,6 +59,8 @@ def list_generations(given_up: threading.Event, directory: str, name: str) -> li
         StorageError: See `History.generations`.
     """
     paths = Paths.of(folder.absolute(directory), name)
+    found: list[FoundGeneration] = []
+    missing: UnsupportedError | None = None
     for _ in range(_MOST_LISTS):
         in_use, found, missing = _listed(paths, name, given_up)
         if in_use is None:
