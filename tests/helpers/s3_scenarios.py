@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import json
 import random
 import re
@@ -21,7 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 from aiobotocore.config import AioConfig
@@ -31,11 +32,15 @@ from s3_world import QuickTime
 from lab_state import Config, FencedError, Manager, S3Storage, UnavailableError, UnsupportedError
 from lab_state._codec import LoadedState as Loaded
 from lab_state._codec import decode_snapshot, replay
-from lab_state.storage.s3 import _connect, _open, _session
+from lab_state._periods import LONGEST_TTL
+from lab_state.storage.s3 import _connect, _keeping, _open, _session
 from lab_state.storage.s3._client import Requests
 from lab_state.storage.s3._format import FENCE, SEQ, Names, unframe
 from lab_state.storage.s3._session import S3Session
 from lab_state.testing import ManualClock
+
+History = Literal["conditions", "bytes"]
+"""Whether the store honours the condition of a copy, or the writers send the bytes."""
 
 Fate = Callable[[Request, Forward], Awaitable[Response | None]]
 
@@ -344,6 +349,8 @@ class Writer:
             region_name="us-east-1",
             session=session_of_all(),
             config=AioConfig(user_agent="scenarios", parameter_validation=False),
+            history=None if self.world.history is None else LONGEST_TTL,
+            history_bytes=None,
         )
         self.time = ScenarioTime()
         self.storage._time = self.time
@@ -558,8 +565,11 @@ class World:
         problems: Descriptions of the broken rules.
     """
 
-    def __init__(self, seed: int, bucket: str, url: str) -> None:
+    def __init__(self, seed: int, bucket: str, url: str, history: History | None = None) -> None:
         self.seed = seed
+        self.history = history
+        self.past: dict[str, bytes] = {}  # the copies of older snapshots
+        self.snapshots: dict[int, set[bytes]] = {}  # all snapshots, by the number that they cover
         self.random = random.Random(seed)
         self.bucket, self.url = bucket, url
         self.prefix, self.name = f"scenarios/{seed}", "state"
@@ -597,10 +607,55 @@ class World:
         if request.method in {"GET", "HEAD"}:
             return await send(request)
         async with self._writing:
+            if self.history == "conditions" and self._differs(request):
+                return error(412, "PreconditionFailed")
             response = await send(request)
             if response.status < 300:
                 self._applied(writer, request)
         return response
+
+    def _differs(self, request: Request) -> bool:
+        """Return whether a request is a copy whose source has another ETag than its condition. The stores of the tests ignore it."""
+        source = self._source(request)
+        if source is None:
+            return False
+        etag = (
+            hashlib.md5(self.objects[source].body, usedforsecurity=False).hexdigest() if source in self.objects else ""
+        )
+        return request.headers["x-amz-copy-source-if-match"].strip('"') != etag
+
+    def _source(self, request: Request) -> str | None:
+        """Return the key that a request copies; `None` if it is not a copy."""
+        source = request.headers.get("x-amz-copy-source")
+        return None if source is None else unquote(source).lstrip("/").removeprefix(f"{self.bucket}/")
+
+    def _kept(self, writer: Writer, key: str, request: Request) -> None:
+        """Note a copy of an older snapshot. It must be the snapshot that covers the number in its key, and must not change."""
+        source = self._source(request)
+        body = request.body if source is None else self.objects[source].body
+        older = self.names.older(key)
+        assert older is not None
+        if body not in self.snapshots.get(older.seq, ()):
+            self.problem(f"{writer}: {key} is not the snapshot that covers {older.seq}")
+        if self.past.setdefault(key, body) != body:
+            self.problem(f"{writer}: {key} was replaced by another snapshot")
+        self.count["copies"] += 1
+
+    def check_history(self) -> None:
+        """Check that the records lead from each copy to the present state."""
+        found = {number: key for key in self.objects if (number := self.names.number(key)) is not None}
+        state = self._stored()
+        for key, body in self.past.items():
+            older = self.names.older(key)
+            assert older is not None
+            above = sorted(number for number in found if number > older.seq)
+            if above != list(range(older.seq + 1, older.seq + 1 + len(above))):
+                self.problem(f"behind {key} there are only {above}")
+                continue
+            records = [(number, self.objects[found[number]].body) for number in above]
+            reached = self.decode(body, [unframe(self.name, number, data, key) for number, data in records if data])
+            if sorted(reached) != sorted(state):
+                self.problem(f"from {key} the records lead to {reached}, and the state is {state}")
 
     def _applied(self, writer: Writer, request: Request) -> None:
         before = len(self.problems)
@@ -630,7 +685,11 @@ class World:
             if stamp[0] < self.stamp[0] or stamp[1] < self.stamp[1]:
                 self.problem(f"{writer}: the snapshot went back, from {self.stamp} to {stamp}")
             self.stamp = stamp
+            self.snapshots.setdefault(stamp[1], set()).add(request.body)
             self.count["snapshots"] += 1
+        elif key.startswith(self.names.history):
+            self._kept(writer, key, request)
+            return
         elif number is None:
             return
         elif key in self.objects:
@@ -645,6 +704,8 @@ class World:
         gone = self.objects.pop(key, None)
         if gone is not None and not gone.body and not gone.void:
             self.problem(f"{writer}: the fence {key} was deleted")
+        if gone is not None and self.history is not None:
+            self.problem(f"{writer}: {key} was deleted, although the history keeps it")
 
     def _stored(self) -> list[str]:
         """Return the ids that a reader would load from the store at this moment."""
@@ -715,6 +776,8 @@ class World:
             async with asyncio.timeout(PATIENCE):
                 await self._play()
                 await self._end()
+                if self.history is not None and not self.problems:
+                    self.check_history()
         except TimeoutError:
             self.problem("stuck")
         except Exception as problem:  # noqa: BLE001 -- named with its seed
@@ -861,7 +924,15 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6, stop: bool = False) -> Outcome:
+async def play(
+    seeds: Sequence[int],
+    bucket: str,
+    url: str,
+    *,
+    at_once: int = 6,
+    stop: bool = False,
+    history: History | None = None,
+) -> Outcome:
     """Run scenarios, `at_once` at a time. With `stop`, begin no further scenario after the first problem."""
     problems: dict[int, World] = {}
     count: Counter[str] = Counter()
@@ -869,7 +940,7 @@ async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6,
 
     async def some() -> None:
         for seed in left:
-            world = World(seed, bucket, url)
+            world = World(seed, bucket, url, history)
             await world.run()
             count.update(world.count)
             count["scenarios"] += 1
@@ -887,6 +958,7 @@ async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6,
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(_session, "_MOST_RECORDS", 4))
+        stack.enter_context(replaced(_keeping, "_MOST_NUMBERS", 1))  # each snapshot is copied
         stack.enter_context(replaced(_open, "probe", probe))
         await asyncio.gather(*(some() for _ in range(at_once)))
     return Outcome(problems, count)

@@ -54,6 +54,17 @@ async def test_scenarios(first: int) -> None:
     assert outcome.counted["scenarios"] == len(seeds)
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("history", ["conditions", "bytes"])
+@pytest.mark.parametrize("first", range(0, SCENARIOS // 10, BLOCK // 2))
+async def test_scenarios_with_a_history(first: int, history: s3_scenarios.History) -> None:
+    """The same holds with a history. Each copy is the snapshot that its key names, and the records lead from it to the state."""
+    seeds = range(first, min(first + BLOCK // 2, SCENARIOS // 10))
+    outcome = await s3_scenarios.play(seeds, Bucket().name, endpoint(), history=history)
+    assert not outcome.problems, s3_scenarios.told(outcome)
+    assert outcome.counted["copies"]
+
+
 # A harness that passes everything proves nothing
 
 SOONER = (1, 2, 5, 19, 35, 37, 43, 51, 77, 105, 108, 166)
