@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from disk import HistoryMark, Kept, LetGo, LetGoBefore, State, Wrong
+from disk import HistoryMark, Kept, LetGo, Pruned, State, Unsure, Wrong
 from recorder import DIRECTORY, NAME, Recorder
 from world import Version, generation_in_use, generation_of
 
-from lab_state import CorruptionError
+from lab_state import CorruptionError, StorageError
 from lab_state import _journal as journal
 from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
@@ -69,6 +69,7 @@ class Chronicle:
         self.promised: set[Promise] = set(promised)
         self._versions = versions
         self._wrong: str | None = None
+        self._is_sure = True
         self._known: dict[tuple[bytes | None, bytes], frozenset[int]] = {}
         self._numbers: dict[int, list[int]] = {}
         for number, version in enumerate(versions):
@@ -81,8 +82,11 @@ class Chronicle:
                 self.promised.add((version, generation))
             case LetGo(gone):
                 self.promised = {one for one in self.promised if one[1] != gone}
-            case LetGoBefore(revision):
-                self.promised = {one for one in self.promised if self._versions[one[0]].revision >= revision}
+            case Pruned(generations, heir, revision):
+                left = {one for one in self.promised if self._versions[one[0]].revision >= revision}
+                self.promised = {(version, heir if name in generations else name) for version, name in left}
+            case Unsure():
+                self._is_sure = False
             case Wrong(text):
                 self._wrong = text
 
@@ -126,7 +130,7 @@ class Chronicle:
                 bases &= {named}
             if bases & {ANY_BASE, NO_BASE}:
                 yield self._of(None, data), None, generation_of(data)
-            elif named is not None and not bases & snapshots.keys():
+            elif named is not None and not bases & snapshots.keys() and self._is_sure:
                 yield frozenset(), f"the snapshot {named} of a journal in the history is missing", ""
             for base in bases & snapshots.keys():
                 yield self._of(snapshots[base], data), None, base
@@ -166,13 +170,14 @@ def _plain(loaded: LoadedState) -> Version:
 @contextmanager
 def watching(recorder: Recorder) -> Iterator[None]:
     """Record the generations that could not be linked, those that are pruned, and a pruning that no rule allows."""
-    keep, choose = KeptHistory._keep, _pruning.deletions
+    keep, prune, choose = KeptHistory._keep, KeptHistory._prune, _pruning.deletions
 
     def kept(self: KeptHistory, *args: Any, **kwargs: Any) -> bool:
         before = self.failures
         found = keep(self, *args, **kwargs)
         if self.failures > before and not recorder.is_dead:
             recorder.mark(LetGo(generation_in_use(recorder.root)))
+            recorder.mark(Unsure())
         return found
 
     def chosen(
@@ -181,13 +186,22 @@ def watching(recorder: Recorder) -> Iterator[None]:
         gone = choose(sizes, in_use, oldest=oldest, most_bytes=most_bytes, added=added)
         allowed = _allowed(sizes, in_use, most_bytes, added)
         if allowed:
-            recorder.mark(LetGoBefore(_first_left(allowed, sizes, in_use, recorder.root)))
+            names = frozenset(map(_name, allowed))
+            recorder.mark(Pruned(names, *_first_left(allowed, sizes, in_use, recorder.root)))
         if allowed != {*gone.journals, *gone.snapshots}:
             recorder.mark(Wrong(f"{gone} was pruned, and not {allowed}"))
         return gone
 
+    def pruned(self: KeptHistory) -> None:
+        try:
+            prune(self)
+        except StorageError:
+            recorder.mark(Unsure())
+            raise
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KeptHistory, "_keep", kept)
+        patch.setattr(KeptHistory, "_prune", pruned)
         patch.setattr(_keeping, "deletions", chosen)
         yield
 
@@ -206,8 +220,7 @@ def _generations(sizes: Iterable[HistoryFile], in_use: InUse) -> list[set[Histor
     """Return the files of each generation that is not in use, the oldest first."""
     generations: dict[str, set[HistoryFile]] = {}
     for file in sizes:
-        key = file.base if file.base not in {ANY_BASE, NO_BASE} else file.salt
-        generations.setdefault(key, set()).add(file)
+        generations.setdefault(_name(file), set()).add(file)
     kept = [files for key, files in generations.items() if key not in {in_use.base, in_use.salt}]
     return sorted(kept, key=_age)
 
@@ -219,11 +232,17 @@ def _age(files: set[HistoryFile]) -> tuple[int, int, int]:
     return min(file.first for file in files), min(walls or later), max(later, default=0)
 
 
-def _first_left(gone: set[HistoryFile], sizes: Iterable[HistoryFile], in_use: InUse, root: Path) -> int:
-    """Return the first revision that is left."""
+def _name(file: HistoryFile | InUse) -> str:
+    """Return the name of the generation of a file, as `generation_of` does."""
+    return file.salt if file.base in {ANY_BASE, NO_BASE} else file.base
+
+
+def _first_left(gone: set[HistoryFile], sizes: Iterable[HistoryFile], in_use: InUse, root: Path) -> tuple[str, int]:
+    """Return the first generation that is left, and its first revision."""
     left = _generations((file for file in sizes if file not in gone), in_use)
     if left:
-        return min(file.first for file in left[0])
+        first = min(left[0])
+        return _name(first), first.first
     present = moment_of_snapshot((root / DIRECTORY / f"{NAME}.json").read_bytes())
     assert present is not None
-    return present.revision
+    return _name(in_use), present.revision

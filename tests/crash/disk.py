@@ -112,10 +112,16 @@ class LetGo(NamedTuple):
     generation: str
 
 
-class LetGoBefore(NamedTuple):
-    """A mark without an operation: the generations before this revision are pruned."""
+class Pruned(NamedTuple):
+    """A mark without an operation: these generations are pruned. The next one begins with this revision, and has copies of some records."""
 
+    generations: frozenset[str]
+    heir: str
     revision: int
+
+
+class Unsure(NamedTuple):
+    """A mark without an operation: a sync of the history has failed, so a journal that was deleted may come back without its snapshot."""
 
 
 class Wrong(NamedTuple):
@@ -124,7 +130,7 @@ class Wrong(NamedTuple):
     text: str
 
 
-HistoryMark: TypeAlias = Kept | LetGo | LetGoBefore | Wrong
+HistoryMark: TypeAlias = Kept | LetGo | Pruned | Unsure | Wrong
 Operation: TypeAlias = Create | Write | Truncate | Rename | Link | Unlink | Sync | SyncDirectory
 Mark: TypeAlias = Try | Ack | Withdraw | HistoryMark
 Entry: TypeAlias = Operation | Mark

@@ -11,7 +11,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chronicle import Chronicle, Promise, watching
-from disk import Ack, Disk, Entry, Kept, LetGo, LetGoBefore, Operation, State, Try, Withdraw, Wrong, inodes_of, is_kept
+from disk import (
+    Ack,
+    Disk,
+    Entry,
+    Kept,
+    LetGo,
+    Operation,
+    Pruned,
+    State,
+    Try,
+    Unsure,
+    Withdraw,
+    Wrong,
+    inodes_of,
+    is_kept,
+)
 from recorder import Faults, Recorder, determined, recording
 from recovery import MEMORY, Recovery, ViolationError
 from workloads import Workload, next_life
@@ -195,7 +210,7 @@ class _Exploration:
                 acked = None
                 if self._chronicle is not None:
                     self._chronicle.withdraw()
-            elif isinstance(entry, Kept | LetGo | LetGoBefore | Wrong):
+            elif isinstance(entry, Kept | LetGo | Pruned | Unsure | Wrong):
                 if self._chronicle is not None:
                     self._chronicle.note(entry)
             else:
