@@ -55,9 +55,8 @@ class Threads:
         self._free = 0  # the number of idle threads, minus the number of workers that wait for a thread
         self._workers = 0  # workers that were not shut down
         self.turns: int = 0  # the number of calls that have ended
-        self._dropped: deque[None] = (
-            deque()
-        )  # one item for each worker that was collected without `shutdown`, and is still counted
+        # One item for each worker that was collected without `shutdown`, and is still counted.
+        self._dropped: deque[None] = deque()
 
     def __reduce__(self) -> tuple[type[Threads], tuple[str]]:
         """Let `copy` and `pickle` make an object without threads. The copy starts other threads when it needs them."""
