@@ -47,6 +47,11 @@ def relayed(rng: random.Random, seed: str) -> Round:
     )
 
 
+def relayed_whole(rng: random.Random, seed: str) -> Round:
+    """Return a round as `relayed` does. The journal is often so long that the next owner writes the whole state, and no copies of records."""
+    return msgspec.structs.replace(relayed(rng, seed), disk=Disk(delay=0.002, checkpoint_at=400))
+
+
 def all_stop(rng: random.Random, seed: str) -> Round:
     """Return a round in which all processes stop at once, and the owner is frozen before it hands the state over."""
     traps = ((Trap("handing over", 1, "freeze", 0.1),), (), (), ())

@@ -23,6 +23,7 @@ from round_bug_plans import (
     late,
     quiet,
     relayed,
+    relayed_whole,
     takes_over_after_all,
 )
 from round_life import Bounds, Disk, Network
@@ -290,7 +291,7 @@ def _frame_without_results() -> None:
     wrap(f"{SHARED}_views", "FrameViews._results", results)
 
 
-@bug("a snapshot has no results", relayed)
+@bug("a snapshot has no results", relayed_whole)
 def _snapshot_without_results() -> None:
     ResultTable.snapshot = lambda self: {}  # type: ignore[method-assign]
 
