@@ -22,7 +22,6 @@ from round_bug_plans import (
     killed,
     late,
     quiet,
-    relayed,
     relayed_whole,
     takes_over_after_all,
 )
