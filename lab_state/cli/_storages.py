@@ -58,10 +58,15 @@ def entries_of(view: StateView) -> dict[str, Stored]:
     return entries
 
 
+def json_of(stored: Stored) -> bytes:
+    """Return the JSON of an entry, as it is stored."""
+    value = stored.value if isinstance(stored, Expiring) else stored
+    return bytes(value) if isinstance(value, bytes | Raw) else encode(value)
+
+
 def raw_of(stored: Stored) -> bytes:
     """Return the JSON of an entry, in one line. In the file of another program it may have several lines."""
-    value = stored.value if isinstance(stored, Expiring) else stored
-    data = bytes(value) if isinstance(value, bytes | Raw) else encode(value)
+    data = json_of(stored)
     return data if b"\n" not in data and b"\r" not in data else msgspec.json.format(data, indent=-1)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import islice
+
 import msgspec
 
-from lab_state._entries import Stored
+from lab_state._entries import Expiring, Stored
 from lab_state.cli._exits import no_key
 from lab_state.cli._output import Output
-from lab_state.cli._storages import described, entries_of, expiry_of, raw_of, read, sorted_items
+from lab_state.cli._storages import described, entries_of, expiry_of, json_of, raw_of, read, sorted_items
 from lab_state.cli._target import Target
 from lab_state.cli._text import live_text
+
+_AT_ONCE = 1000
 
 _encode = msgspec.json.Encoder().encode
 
@@ -85,19 +90,32 @@ def _branches_of(key: str) -> list[str]:
 async def dump(output: Output, state: Target, prefix: str, at: str | None, *, nl: bool) -> None:
     """Print the whole state: one object, or a line for each key."""
     view = await read(state, at)
+    items = sorted_items(view, prefix)
     if nl:
-        for key, stored in sorted_items(view, prefix):
-            output.raw(line_of(key, stored))
+        while some := list(islice(items, _AT_ONCE)):
+            output.part(_joined(some, line_of, b"\n") + b"\n")
         return
     opening = b"{"
-    for key, stored in sorted_items(view, prefix):
-        output.part(b"%s%s:%s" % (opening, _encode(key), raw_of(stored)))
+    while some := list(islice(items, _AT_ONCE)):
+        output.part(opening + _joined(some, _member_of, b",\n"))
         opening = b",\n"
     output.raw(b"{}" if opening == b"{" else b"}")
 
 
-def line_of(key: str, stored: Stored) -> bytes:
-    """Return the line of `dump --nl` for a key, without its end."""
-    at = expiry_of(stored)
-    expires = b"null" if at is None else b"%d" % at
-    return b'{"key":%s,"value":%s,"expires":%s}' % (_encode(key), raw_of(stored), expires)
+def _joined(items: list[tuple[str, Stored]], form: Callable[[str, Stored, bytes], bytes], between: bytes) -> bytes:
+    """Return the items in lines. A value has several lines only in a file of another program, so this is checked for all at once."""
+    data = between.join([form(key, stored, json_of(stored)) for key, stored in items])
+    if data.count(b"\n") == len(items) - 1 and b"\r" not in data:
+        return data
+    return between.join([form(key, stored, raw_of(stored)) for key, stored in items])
+
+
+def _member_of(key: str, _stored: Stored, value: bytes) -> bytes:
+    return b"%s:%s" % (_encode(key), value)
+
+
+def line_of(key: str, stored: Stored, value: bytes) -> bytes:
+    """Return the line of `dump --nl` for a key and the JSON of its value, without its end."""
+    if isinstance(stored, Expiring):
+        return b'{"key":%s,"value":%s,"expires":%d}' % (_encode(key), value, stored.at)
+    return b'{"key":%s,"value":%s,"expires":null}' % (_encode(key), value)

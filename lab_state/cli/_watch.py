@@ -86,9 +86,11 @@ async def _print_records(client: Client, records: asyncio.Queue[bytes | None], p
     return last
 
 
-async def _fill(storage: Storage, name: str, printer: _Printer, last: int) -> int:
-    """Print the changes after a revision that the journal has, and return the last revision."""
-    records = list(map(decode_record, (await storage.read(name)).records))
+async def _fill(storage: Storage, name: str, printer: _Printer, last: int, until: int | None = None) -> int:
+    """Print the changes after a revision that the journal has, up to `until`, and return the last revision."""
+    records = [decode_record(record) for record in (await storage.read(name)).records]
+    if until is not None:
+        records = [record for record in records if record.end <= until]
     found = newer(records, last)
     if found is None:
         if records and records[-1].end > last:
@@ -102,11 +104,12 @@ async def _fill(storage: Storage, name: str, printer: _Printer, last: int) -> in
 
 async def _poll(storage: Storage, state: Target, printer: _Printer, last: int | None) -> None:
     """Print the changes that the files show, each `EVERY` seconds."""
-    if last is not None:
-        await _fill(storage, state.name, printer, last)
     seen = _fingerprint(storage, state)
     now = (await load(state.name, storage)).state
-    if last is None:
+    if last is not None:
+        # Not before the state was read: a change in between would be in neither of them.
+        await _fill(storage, state.name, printer, last, now.revision)
+    else:
         printer.note(f"watching {state} by its files, from revision {now.revision}")
     every = EVERY if isinstance(storage, FileStorage) else EVERY_IN_A_BUCKET
     while True:

@@ -47,6 +47,7 @@ def read_files(
     paths = Paths.of(folder.absolute(directory), name)
     end = monotonic() + _LONGEST
     before: _Look | None = None
+    is_first = True
     try:
         while not given_up.is_set():
             look = _Look(paths, name)
@@ -58,8 +59,10 @@ def read_files(
                 before, older = look, before
                 if older is not None:
                     older.close()
-            if monotonic() >= end:
+            # A large file on a slow disk may take longer than this to be read once. Two readings are always made.
+            if monotonic() >= end and not is_first:
                 break
+            is_first = False
             look.snapshot_bytes = None
             if not look.has_moved():
                 given_up.wait(_PAUSE)

@@ -44,7 +44,6 @@ async def test_moments_of_a_state(past: Past) -> None:
     """`--at` reads a revision of the history, `history` lists the generations and the changes of a key, and `restore` goes back."""
     assert (await past.run("--at", "r3", "dump", past.state)).json == {"n": 1, "gone": [1]}
     assert (await past.run("--at", "r5", "get", past.state, "n")).out == "3\n"
-    assert (await past.run("--at", "1s", "get", past.state, "n")).code in {0, 2}
 
     listed = (await past.run("history", "--json", past.state)).json
     assert listed["format"] == 1
@@ -59,13 +58,10 @@ async def test_moments_of_a_state(past: Past) -> None:
     assert (outside.code, outside.out) == (2, "")
     assert "8" in outside.err
 
-    dry = await past.run("restore", past.state, "--at", "r3", "--into", "shop", "--dry-run")
-    assert dry.out.splitlines()[1] == "compared with revision 8: 1 added, 0 removed, 1 changed; nothing was written"
     as_json = (await past.run("restore", past.state, "--at", "r3", "--into", "shop", "--dry-run", "--json")).json
     assert (as_json["at_revision"], as_json["keys"], as_json["added"]) == (3, 2, 1)
     other = await past.run("restore", past.state, "--at", "r3", "--into", "other")
     assert (other.code, other.out) == (0, f"{past.place}/other: revision 3\n")
-    assert (await past.run("restore", past.state, "--at", "r3", "--into", "other")).code == 2
     if past.in_bucket:
         refused = await past.run("restore", past.state, "--at", "r3", "--into", "shop")
         assert (refused.code, refused.out) == (3, "")
@@ -89,6 +85,10 @@ async def test_history_for_people(tmp_path: Path) -> None:
     assert lines[-1].endswith("in use")
     nl = (await past.run("history", "--nl", past.state)).lines
     assert len(nl) == len(lines) - 1
+    dry = await past.run("restore", past.state, "--at", "r3", "--into", "shop", "--dry-run")
+    assert dry.out.splitlines()[1] == "compared with revision 8: 1 added, 0 removed, 1 changed; nothing was written"
+    assert (await past.run("restore", past.state, "--at", "r3", "--into", "other")).code == 0
+    assert (await past.run("restore", past.state, "--at", "r3", "--into", "other")).code == 2
     changes = (await past.run("history", past.state, "n")).out.splitlines()
     assert [line.split("  ")[1:] for line in changes] == [
         [f"r{r}", "set", "n", str(n)] for n, r in enumerate((1, 2, 4, 5, 7, 8))

@@ -176,12 +176,8 @@ async def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
         run.stdout.close()
         return run.wait()
 
-    for arguments in (
-        ("dump", "--nl", "state/shop"),
-        ("dump", "state/shop"),
-        ("keys", "state/shop"),
-        ("stats", "state/shop"),
-    ):
+    # More than a pipe holds. So the command still writes when the pipe is closed.
+    for arguments in (("dump", "--nl", "state/shop"), ("dump", "state/shop")):
         done = await asyncio.to_thread(closed, *arguments)
         assert (done.code, done.err) == (141, ""), arguments
 

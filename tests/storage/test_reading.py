@@ -180,6 +180,13 @@ def read(directory: Path, **arguments: Any) -> Reading:
         assert open_files() == before
 
 
+def test_a_file_that_takes_long_to_read(tmp_path: Path) -> None:
+    """A snapshot without a journal has to be read twice. That is done also if the first reading takes longer than 5 s."""
+    (tmp_path / f"{NAME}.json").write_text('{"a": 1}')
+    times = iter([0.0, 6.0])
+    assert read(tmp_path, monotonic=lambda: next(times)).snapshot == b'{"a": 1}'
+
+
 async def test_a_running_state_is_read(tmp_path: Path) -> None:
     """A running, locked state is read with all that is durable. No file is changed, and the manager goes on."""
     manager = await some(tmp_path, stop=False)
