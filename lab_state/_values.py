@@ -125,15 +125,16 @@ def encode_plain(value: object) -> Value:
         return encode_value(value)
     try:
         data = encode(value)
-        if len(data) >= SHALLOW:
-            return encode_value(value)
-        check_json(data)  # a `msgspec.Raw` inside may hold bytes that are not JSON
-        if not data.isascii():
-            data.decode()
-        packed = check_str_keys(value)
+        if is_small := len(data) < SHALLOW:
+            check_json(data)  # a `msgspec.Raw` inside may hold bytes that are not JSON
+            if not data.isascii():
+                data.decode()
+            packed = check_str_keys(value)
     except Exception:  # noqa: BLE001 -- `encode_value` makes all checks, and raises an error with the reason
         return encode_value(value)
-    if (
+    if not is_small:
+        check_encoded(value, data)
+    elif (
         (COLON in packed and find_colon(packed))
         or (ALL_ONES in packed and find_ones(packed))
         or (DEL in packed and find_del(packed))

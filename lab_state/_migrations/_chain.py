@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from itertools import islice
-from typing import cast
 
 from lab_state._arguments import name_of
 from lab_state._checking import Misfit
@@ -16,7 +15,7 @@ from lab_state._migrations._types import Types
 from lab_state._state import State
 from lab_state.exceptions import LabStateError, MigrationError
 
-AT_ONCE = 2_000
+AT_ONCE = 200
 """The number of values that one step of `misfits` checks."""
 
 
@@ -61,8 +60,8 @@ def misfits(state: State, types: Types) -> Iterator[Misfit | None]:
     while some := list(islice(entries, AT_ONCE)):
         alive: list[tuple[str, Value]] = []
         for key, stored in some:
-            if stored.__class__ is not Expiring:
-                alive.append((key, cast("Value", stored)))
+            if not isinstance(stored, Expiring):
+                alive.append((key, stored))
             elif stored.at > now:
                 alive.append((key, stored.value))
         yield from types.misfits(alive)

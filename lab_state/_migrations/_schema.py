@@ -52,7 +52,7 @@ class Schema:
                 longest prefix that fits it is used. A migration checks each value under these prefixes at its end. Each write under them refuses
                 a value that is not of its type. Such a write decodes the value once more.
             strict: Whether a member that a type does not know is an error. Then `start()` checks each value under `types`, which
-                takes about as long as loading the state, and each write checks its value.
+                takes several times as long as loading the state, and each write checks its value.
 
         Raises:
             TypeError: An argument has the wrong type, or one of `types` cannot be decoded; see `Manager.get`.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from msgspec import Raw
 
@@ -87,7 +87,7 @@ def _all_fit(values: list[Value], type_: Any) -> bool:
     """Return True if all values are known to be of a type. One call for many values takes less time than one for each."""
     data = [value if isinstance(value, bytes | Raw) else encode(value) for value in values]
     try:
-        decode_value(Json(b"[%b]" % b",".join(cast("list[bytes]", data))), list[type_])
+        decode_value(Json(b"[%b]" % b",".join(data)), list[type_])
     except (TypeError, TypeMismatchError):  # such as a `TypeAdapter`, of which there is no list
         return False
     return True

@@ -24,6 +24,7 @@ from lab_state import (
     MemoryCache,
     MemoryStorage,
     MirrorStatus,
+    Misfit,
     Namespace,
     PlainItems,
     Reader,
@@ -72,6 +73,9 @@ async def reading(state: Manager) -> None:
     assert_type(await state.get_many(["a"], type=User), dict[str, User])
     assert_type(await state.get_many(["a"]), dict[str, Any])
     assert_type(await state.get_all(type=int), dict[str, int])
+    assert_type(await state.get_all(type=int, on_mismatch="skip"), dict[str, int])
+    assert_type(await state.get_many(["a"], type=int, on_mismatch="skip"), dict[str, int])
+    assert_type(await state.check("users/", type=User), list[Misfit])
     assert_type(await state.keys(), list[str])
     assert_type(await state.exists("key"), bool)
     assert_type(await state.expires_in("key"), float | None)
@@ -85,6 +89,7 @@ async def iterating(state: Manager, tx: Transaction, blocking: Blocking, reader:
     assert_type(state.items(), Items[Any])
     assert_type(state.namespace("a").items("u", after="v", limit=5, reverse=True, type=User), Items[User])
     assert_type(reader.items(type=User), Items[User])
+    assert_type(reader.items(type=User, on_mismatch="skip"), Items[User])
     assert_type(view.items(), Items[Any])
     assert_type(tx.items(type=User), PlainItems[User])
     assert_type(blocking.items(), PlainItems[Any])
