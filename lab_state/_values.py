@@ -123,6 +123,7 @@ def encode_plain(value: object) -> Value:
     """Return the stored form of a value, as `encode_value` does, in less time for most dicts and lists."""
     if value.__class__ is not dict and value.__class__ is not list:
         return encode_value(value)
+    packed = b""
     try:
         data = encode(value)
         if is_small := len(data) < SHALLOW:

@@ -65,7 +65,7 @@ class MigrationCore(CallCore):
 
     __slots__ = ("_is_over", "beneath", "changes", "is_timed", "refused")
 
-    state: StateDraft  # of the base class, and assigned here as well: see `lab_state._state.State`
+    state: StateDraft  # pyright: ignore[reportIncompatibleVariableOverride] -- the migration never replaces it by another kind
 
     def __init__(self, name: str, draft: StateDraft) -> None:
         super().__init__(name, draft, Counters())
