@@ -21,7 +21,7 @@ from lab_state.storage._generations import Moment, Span, moment_of_record, momen
 from lab_state.storage._history import FoundGeneration, GoneError
 from lab_state.storage._protocol import Reading
 from lab_state.storage.s3._client import Requests
-from lab_state.storage.s3._format import REMOVED, Names, Older, Stamp, stamp_at_end, stamp_in_metadata
+from lab_state.storage.s3._format import MOST_NUMBER, REMOVED, Names, Older, Stamp, stamp_at_end, stamp_in_metadata
 from lab_state.storage.s3._keeping import END_BYTES
 from lab_state.storage.s3._open import AT_ONCE, NumberedObject, fetch, gap, numbers, together
 from lab_state.storage.s3._outcomes import ObjectInfo
@@ -215,7 +215,7 @@ async def _past_generation(
     store: Requests, names: Names, begin: Begin, following: Begin | None
 ) -> FoundGeneration | None:
     """Return a generation that is not in use; `None` for records that follow a snapshot which is missing."""
-    listed = await _between(store, names, begin.seq, None if following is None else following.seq)
+    listed = await _between(store, names, begin.seq, MOST_NUMBER if following is None else following.seq)
     end = reach(listed, begin.seq)
     whole = {number: size for number, size in listed.items() if number <= end}
     if begin.older is None:
@@ -239,10 +239,8 @@ async def _past_generation(
     return FoundGeneration(Span(first, last), size, in_use=False, key=Part(begin.older, begin.seq, end, until))
 
 
-async def _between(store: Requests, names: Names, start: int, end: int | None) -> dict[int, int]:
+async def _between(store: Requests, names: Names, start: int, end: int) -> dict[int, int]:
     """Return the sizes of the records and fences above `start`, up to `end`, by number, in order."""
-    if end is None:
-        return await numbers(store, names, start)
     found: dict[int, int] = {}
     while start < end:
         page, more = await store.page(names.journal, names.record(start))
