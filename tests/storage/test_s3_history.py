@@ -26,7 +26,7 @@ from s3_proxy import (
 )
 from s3_world import VIEW, Bucket, QuickTime, given
 
-from lab_state import FencedError, Manager, S3Storage
+from lab_state import FencedError, Manager, S3Storage, UnsupportedError
 from lab_state.storage.s3 import _client, _keeping
 from lab_state.storage.s3._format import KEPT, Names, Older
 from lab_state.storage.s3._outcomes import WRITE_ID
@@ -338,6 +338,25 @@ async def test_a_checkpoint_that_is_repeated(bucket: Bucket, proxy: Proxy, copyi
     await session.aclose()
     assert not [line for line in proxy.seen[before:] if line.startswith("PUT") and ".history/" in line]
     assert list(copies(bucket)) == [2]
+
+
+async def test_a_copy_of_an_earlier_session(bucket: Bucket, proxy: Proxy) -> None:
+    """If a session ended between its copy and the new snapshot, the next session does not copy again."""
+    session = await opened(bucket, proxy.url)
+    await generation(session, b"1")
+    await session.commit(b"2", VIEW)
+    proxy.plan("PUT", f"{NAME}.json", answers(403, "AccessDenied"))
+    with pytest.raises(UnsupportedError, match="permission is missing"):
+        await session.checkpoint(VIEW)
+    await session.aclose()
+    key = copies(bucket)[2]
+    etag = bucket.etag(key)
+    session = await opened(bucket, proxy.url)
+    before = len(proxy.seen)
+    await generation(session, b"3")
+    await session.aclose()
+    assert not [line for line in proxy.seen[before:] if line.startswith("PUT") and ".history/" in line]
+    assert (list(copies(bucket)), bucket.etag(key)) == ([2], etag)
 
 
 async def test_equal_snapshots_are_not_copied(bucket: Bucket) -> None:
