@@ -87,7 +87,8 @@ class MigrationCore(CallCore):
     def end(self) -> None:
         """Refuse later calls. A second call does nothing."""
         self.state.close_views()
-        self.state, self._is_over = StateDraft(State()), True
+        self.state = StateDraft(State())  # pyright: ignore[reportIncompatibleVariableOverride] -- as above
+        self._is_over = True
         self.changes, self.beneath = {}, {}
 
 
