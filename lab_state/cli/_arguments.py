@@ -20,8 +20,6 @@ class StateType(click.ParamType[Target]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Target:
         """Return the target, or end with a usage error."""
-        if isinstance(value, Target):
-            return value
         try:
             return parse_state(value)
         except ValueError as error:

@@ -30,6 +30,9 @@ from lab_state.storage.file import FileStorage
 PATIENCE = 10.0
 """The seconds for which a client waits for an owner, or for a sign of life of the owner. `Config.owner_timeout` has the same default."""
 
+_NEXT = 2.0
+"""The seconds for which `connect_again` waits for the next owner."""
+
 _AGAIN = 0.05
 """The seconds between two attempts to connect to the next owner."""
 
@@ -89,6 +92,15 @@ class Client:
         if not is_admitted:
             connection.link.close()
         return is_admitted
+
+    async def connect_again(self) -> bool:
+        """Connect to the next owner, which may not listen yet. Return whether there is one."""
+        end = self._clock.monotonic() + _NEXT
+        while not await self.connect():
+            if self._clock.monotonic() >= end or not await self.may_appear():
+                return False
+            await asyncio.sleep(_AGAIN)
+        return True
 
     async def may_appear(self) -> bool:
         """Return whether the holder of the lock shares the state on this machine. Then an owner listens soon."""
@@ -296,8 +308,7 @@ class _Connection:
         self._settle(self.over, True)
 
     def _fail(self, message: str) -> None:
-        if not self.ready.done():
-            self.ready.set_exception(UnsupportedError(message))
+        self.ready.set_exception(UnsupportedError(message))
 
     def _settle(self, future: asyncio.Future[bool], result: bool) -> None:  # noqa: FBT001 -- a result
         if not future.done():

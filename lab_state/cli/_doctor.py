@@ -85,11 +85,12 @@ async def _of_a_bucket(storage: Storage, state: Target) -> list[Line]:
 
 
 async def _of_files(storage: FileStorage, state: Target, size: int) -> list[Line]:
-    info = next((one for one in await list_states(storage) if one.name == state.name), None)
     directory = _real(state.place.directory)
-    lines: list[Line] = []
-    if info is not None:
-        lines.append(Line("holder", info.live is not None, info.holder or live_text(info.live)))
+    lines = [
+        Line("holder", one.live is not None, one.holder or live_text(one.live))
+        for one in await list_states(storage)
+        if one.name == state.name
+    ]
     lines.append(await _socket(storage, state, directory))
     lines += _permissions(directory, state.name)
     lines.append(_file_system(directory))
@@ -142,7 +143,11 @@ def _permissions(directory: str, name: str) -> Iterator[Line]:
 
 
 def _file_system(directory: str) -> Line:
-    kind = file_system((fs.read(MOUNTS) or b"").decode(errors="replace"), os.stat(directory).st_dev)
+    return of_file_system(file_system((fs.read(MOUNTS) or b"").decode(errors="replace"), os.stat(directory).st_dev))
+
+
+def of_file_system(kind: str) -> Line:
+    """Return the line for a type of file system."""
     if kind in _SHARED:
         return Line(
             "file system", False, f"{kind}: use a local disk, since other machines may write there without the lock"

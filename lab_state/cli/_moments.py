@@ -128,9 +128,8 @@ async def changes_of_key(storage: Storage, name: str, key: str) -> AsyncIterator
             elif found is None and last is not None:
                 yield Change("delete", key, None, None, state.revision, state.wall)
             last, revision = found, state.revision
-        for record in map(decode_record, reading.records):
-            if record.end <= revision:
-                continue
+        # A record that the snapshot covers shows no further change.
+        for record in (one for one in map(decode_record, reading.records) if one.end > revision):
             revision = record.end
             for change in of_record(record, key):
                 if change.kind == "clear" or change.key == key:

@@ -8,7 +8,7 @@ from lab_state._clock import SystemClock
 from lab_state._expiry import resumed
 from lab_state._loading import load
 from lab_state._restore import snapshot_source
-from lab_state.cli._exits import NO_STATE, NOT_FOUND, UNAVAILABLE, Stop
+from lab_state.cli._exits import UNAVAILABLE, Stop
 from lab_state.cli._output import Output
 from lab_state.cli._salvage import Salvaged, salvage
 from lab_state.cli._storages import storage_at
@@ -57,8 +57,6 @@ async def repair(output: Output, state: Target, *, dry_run: bool, json: bool) ->
 def _salvaged(state: Target) -> Salvaged:
     paths = Paths.of(state.place.directory, state.name)
     snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
-    if snapshot is None and data is None:
-        raise Stop(NOT_FOUND, f"{NO_STATE}{paths.snapshot}")
     return salvage(snapshot, data, state.name)
 
 

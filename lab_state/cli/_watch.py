@@ -61,18 +61,18 @@ async def _follow(storage: FileStorage, state: Target, printer: _Printer) -> int
     """Print the records that the owner of a shared state sends. Return the last revision when no process answers; `None` if none has."""
     records: asyncio.Queue[bytes | None] = asyncio.Queue()
     client = Client(storage, state.name, lambda record: records.put_nowait(bytes(record)))
-    last: int | None = None
     try:
-        while await client.connect():
-            if last is None:
-                last = client.revision
-                printer.note(f"watching {state} by way of pid {client.pid}, from revision {last}")
-            else:
-                last = await _fill(storage, state.name, printer, last)
+        if not await client.connect():
+            return None
+        last = client.revision
+        printer.note(f"watching {state} by way of pid {client.pid}, from revision {last}")
+        while True:
             last = await _print_records(client, records, printer, last)
+            if not await client.connect_again():
+                return last
+            last = await _fill(storage, state.name, printer, last)
     finally:
         await client.aclose()
-    return last
 
 
 async def _print_records(client: Client, records: asyncio.Queue[bytes | None], printer: _Printer, last: int) -> int:
@@ -93,10 +93,10 @@ async def _fill(storage: Storage, name: str, printer: _Printer, last: int, until
         records = [record for record in records if record.end <= until]
     found = newer(records, last)
     if found is None:
-        if records and records[-1].end > last:
-            printer.note(f"changes after revision {last} were not seen, because a checkpoint was written meanwhile")
-            return records[-1].end
-        return last
+        end = max([last, until or 0, *(record.end for record in records)])
+        if end > last:
+            printer.note(f"the changes {last + 1} to {end} were not seen, because a checkpoint was written meanwhile")
+        return end
     for record in found:
         printer.print(of_record(record, printer.prefix))
     return found[-1].end

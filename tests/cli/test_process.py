@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import pty
 import re
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 from command import Done, command, start
+from commanded import on_terminal
 
 from lab_state import FileStorage, Manager
 
@@ -83,31 +81,6 @@ async def test_shells_complete_names_of_states(tmp_path: Path, shell: str) -> No
     words = {"COMP_WORDS": "lab-state ver", "COMP_CWORD": "1" if shell != "fish" else "ver"}
     offered = await asyncio.to_thread(command, cwd=tmp_path, env={"_LAB_STATE_COMPLETE": f"{shell}_complete", **words})
     assert "verify" in offered.out
-
-
-def on_terminal(*arguments: str, cwd: Path, columns: int = 80, env: dict[str, str] | None = None) -> Done:
-    """Run the command on a terminal, and return what the terminal gets."""
-    ours, theirs = pty.openpty()
-    os.set_blocking(ours, True)
-    given = {"COLUMNS": str(columns), "TERM": "xterm", **(env or {})}
-    run = start(*arguments, cwd=cwd, env=given, terminal=theirs)
-    os.close(theirs)
-    parts: list[bytes] = []
-
-    def read() -> None:
-        while True:
-            try:
-                part = os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                return
-            parts.append(part)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    done = run.wait()
-    reader.join()
-    os.close(ours)
-    return Done(done.code, b"".join(parts), b"")
 
 
 async def test_a_terminal_gets_no_control_character_of_a_key(tmp_path: Path) -> None:

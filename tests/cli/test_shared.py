@@ -5,52 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from command import start
-from commanded import World
+from commanded import World, owner, set_to
 from msgspec import Raw
 
 from lab_state import Config, ConflictError, FileStorage, Manager, UnavailableError, UnsupportedError
 from lab_state.cli import _client
 from lab_state.cli._client import Client
-from lab_state.shared._messages import Set
 from lab_state.shared._open_calls import NEVER
-
-OWNER = """
-import asyncio, sys
-from lab_state import Config, FileStorage, Manager
-async def main():
-    async with Manager(Config(name="shop", shared=True), FileStorage(sys.argv[1])) as state:
-        await state.set("a", 0)
-        print(flush=True)
-        await asyncio.Event().wait()
-asyncio.run(main())
-"""
-
-
-@asynccontextmanager
-async def owner(directory: Path) -> AsyncGenerator[subprocess.Popen[bytes]]:
-    """Run the owner of a shared state in another process."""
-    process = await asyncio.to_thread(
-        subprocess.Popen, [sys.executable, "-c", OWNER, str(directory)], stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    await asyncio.to_thread(process.stdout.readline)
-    try:
-        yield process
-    finally:
-        process.kill()
-        await asyncio.to_thread(process.communicate)
-
-
-def set_to(value: bytes) -> _client.Make:
-    return lambda n, ack, _: Set(n, ack, "a", Raw(value), None)
 
 
 async def test_the_next_owner_gets_the_call(tmp_path: Path) -> None:

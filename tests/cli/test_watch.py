@@ -108,10 +108,10 @@ async def test_the_owner_changes(tmp_path: Path) -> None:
                 await second.set("two", 2)
                 (line,) = await next_lines(run, 1)
                 assert (line["revision"], line["key"]) == (5, "two")
-            async with Manager("shop", FileStorage(tmp_path / "state")) as alone:
+            async with Manager(Config(name="shop", flush_interval=0), FileStorage(tmp_path / "state")) as alone:
                 await alone.set("three", 3)
-            (line,) = await next_lines(run, 1)
-            assert (line["revision"], line["key"]) == (6, "three")
+                (line,) = await next_lines(run, 1)
+                assert (line["revision"], line["key"]) == (6, "three")
         await world.manager.start()
 
 

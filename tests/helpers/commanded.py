@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pty
+import subprocess
+import sys
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from command import Done, command
+from command import Done, command, start
+from msgspec import Raw
 from s3_world import Bucket, endpoint
 
 from lab_state import Config, FileStorage, Manager, S3Storage, Storage
+from lab_state.cli import _client
+from lab_state.shared._messages import Set
 
 Kind = Literal["stopped", "running", "shared", "stopped in a bucket", "running in a bucket"]
 KINDS: tuple[Kind, ...] = ("stopped", "running", "shared", "stopped in a bucket", "running in a bucket")
@@ -83,3 +91,62 @@ def script(path: Path, code: str) -> str:
     path.write_text(f"#!/bin/sh\n{code}\n")
     path.chmod(0o755)
     return str(path)
+
+
+OWNER = """
+import asyncio, sys
+from lab_state import Config, FileStorage, Manager
+async def main():
+    async with Manager(Config(name="shop", shared=True), FileStorage(sys.argv[1])) as state:
+        await state.set("a", 0)
+        print(flush=True)
+        await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def owner(directory: Path) -> AsyncGenerator[subprocess.Popen[bytes]]:
+    """Run the owner of a shared state in another process."""
+    process = await asyncio.to_thread(
+        subprocess.Popen, [sys.executable, "-c", OWNER, str(directory)], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    await asyncio.to_thread(process.stdout.readline)
+    try:
+        yield process
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.communicate)
+
+
+def set_to(value: bytes) -> _client.Make:
+    return lambda n, ack, _: Set(n, ack, "a", Raw(value), None)
+
+
+def on_terminal(
+    *arguments: str, cwd: Path, columns: int = 80, env: dict[str, str] | None = None, typed: bytes = b""
+) -> Done:
+    """Run the command on a terminal, and return what the terminal gets."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, True)
+    given = {"COLUMNS": str(columns), "TERM": "xterm", **(env or {})}
+    run = start(*arguments, cwd=cwd, env=given, terminal=theirs)
+    os.close(theirs)
+    os.write(ours, typed)
+    parts: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                return
+            parts.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    done = run.wait()
+    reader.join()
+    os.close(ours)
+    return Done(done.code, b"".join(parts), b"")
