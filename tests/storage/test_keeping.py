@@ -309,7 +309,7 @@ async def test_a_copied_history(tmp_path: Path, end: str, failures: int) -> None
     async with manager(tmp_path) as state:
         await state.set("a", 3)
         await asyncio.to_thread(link, state)
-        (copied,) = (tmp_path / "lab.history").glob(f"*1-*.{end}")
+        (copied,) = (tmp_path / "lab.history").glob(f"{1:020}-*.{end}")
         data = copied.read_bytes()
         copied.unlink()
         copied.write_bytes(data)
