@@ -230,6 +230,23 @@ async def test_a_checkpoint_without_a_commit_before_it(tmp_path: Path, disk: Dis
         assert shown(tmp_path) == ["0jnone", "1s"]
 
 
+async def test_a_checkpoint_of_a_journal_that_was_handed_over(tmp_path: Path, disk: Disk) -> None:
+    """The journal and the snapshot that the start has found are synced before they are linked."""
+    await generations(tmp_path, 1)
+    state = manager(tmp_path)
+    await state.start()
+    await state.set("a", 2)
+    await flusher(state)._session.hand_over()  # type: ignore[attr-defined]
+    await flusher(state).abort().aclose()
+    async with manager(tmp_path) as state:
+        disk.calls.clear()
+        await checkpoint(state)
+        synced = [Path(call.path).name for call in disk.calls if call.function == "fsync"]
+        first = synced.index("lab.history")
+        assert {"lab.json", "lab.journal"} <= set(synced[:first])
+        assert shown(tmp_path) == ["0jnone", "1s", "1j"]
+
+
 async def test_a_file_of_another_program_is_a_generation(tmp_path: Path) -> None:
     """It has revision 0, and its time is that of the file."""
     (tmp_path / "lab.json").write_bytes(b'{"a": "x"}')
