@@ -334,9 +334,9 @@ async def test_a_damaged_generation(bucket: Bucket, clock: ManualClock) -> None:
     damage(bucket, [key for key, size in bucket.keys(JOURNAL).items() if size][-2])
     with pytest.raises(CorruptionError, match=r"past\.journal/"):
         await read_state(NAME, bucket.storage(), at=23)
+    found = await list_generations(NAME, bucket.storage())
     bucket.put(second, bucket.get(second)[0], {"labstateseq": "x"})
-    with pytest.raises(CorruptionError, match="metadata is damaged"):
-        await list_generations(NAME, bucket.storage())
+    assert await list_generations(NAME, bucket.storage()) == found  # the key of a copy has its number
 
 
 async def test_records_that_are_missing(bucket: Bucket, clock: ManualClock) -> None:

@@ -21,7 +21,7 @@ from lab_state.storage._generations import Moment, Span, moment_of_record, momen
 from lab_state.storage._history import FoundGeneration, GoneError
 from lab_state.storage._protocol import Reading
 from lab_state.storage.s3._client import Requests
-from lab_state.storage.s3._format import MOST_NUMBER, REMOVED, Names, Older, Stamp, stamp_at_end, stamp_in_metadata
+from lab_state.storage.s3._format import MOST_NUMBER, REMOVED, Names, Older, stamp_at_end, stamp_in_metadata
 from lab_state.storage.s3._keeping import END_BYTES
 from lab_state.storage.s3._open import AT_ONCE, NumberedObject, fetch, gap, numbers, together
 from lab_state.storage.s3._outcomes import ObjectInfo
@@ -116,7 +116,8 @@ async def begin_in_use(store: Requests, names: Names, present: ObjectInfo | None
     looked = await _look(store, names.snapshot) if present.size else None
     if looked is None:
         raise CorruptionError(names.url(names.snapshot), 0, "it is empty, or was deleted; restore a copy")
-    moment, stamp = looked
+    found, end, moment = looked
+    stamp = stamp_in_metadata(found.metadata, names.snapshot) or stamp_at_end(end)
     seq = 0 if stamp is None else stamp.seq
     listed = await numbers(store, names, seq)
     if stamp is None and gap(listed, 0, None, names) is not None:  # see `Loader`
@@ -127,18 +128,14 @@ async def begin_in_use(store: Requests, names: Names, present: ObjectInfo | None
     return Begin(None, seq, moment or Moment(0, 0), size), listed
 
 
-async def _look(store: Requests, key: str) -> tuple[Moment | None, Stamp | None] | None:
-    """Return the moment and the stamp of a snapshot, from as many bytes at its end as are needed; `None` if it is missing.
-
-    Raises:
-        CorruptionError: Its metadata are damaged.
-    """
+async def _look(store: Requests, key: str) -> tuple[ObjectInfo, bytes, Moment | None] | None:
+    """Return a snapshot with as many bytes at its end as are needed for its moment, and the moment; `None` if it is missing."""
     size = END_BYTES
     while (got := await store.get_end(key, size)) is not None:
         found, end = got
         moment = moment_of_snapshot(end)
         if moment is not None or len(end) >= found.size:
-            return moment, stamp_in_metadata(found.metadata, key) or stamp_at_end(end)
+            return found, end, moment
         size *= _LONGER
     return None
 
@@ -202,7 +199,7 @@ async def _begins(store: Requests, names: Names, kept: dict[Older, int], in_use:
         for older in left:
             seen = await _look(store, names.kept(older))
             if seen is not None:
-                looked[older] = Begin(older, older.seq, seen[0] or Moment(0, older.wall), kept[older])
+                looked[older] = Begin(older, older.seq, seen[2] or Moment(0, older.wall), kept[older])
 
     await together([some() for _ in range(min(AT_ONCE, len(wanted)))])
     begins = [looked[older] for older in wanted if older in looked]
