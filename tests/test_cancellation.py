@@ -652,16 +652,16 @@ async def test_an_opening_in_s3_cancelled_at_every_request() -> None:
 
     async def run(number: int) -> bool:
         storage = bucket.storage()
-        opening = storage._open
+        opening = storage._open_claimed
 
         def cancel(waits: int) -> None:
             if waits == number:
                 asyncio.get_running_loop().call_soon(task.cancel)
 
-        async def _open(*arguments: Any) -> Any:
+        async def _open_claimed(*arguments: Any) -> Any:
             return (await stepped(opening(*arguments), cancel))[1]
 
-        storage._open = _open  # type: ignore[assignment, method-assign]
+        storage._open_claimed = _open_claimed  # type: ignore[assignment, method-assign]
         task = asyncio.create_task(storage.open(NAME))
         await asyncio.wait({task}, timeout=60)
         if not task.cancelled():
