@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import pytest
@@ -24,7 +25,7 @@ from lab_state.cli._output import Output
 from lab_state.cli._run import asynchronous
 from lab_state.cli._target import parse_state
 from lab_state.cli._verify import torn_bytes
-from lab_state.cli._writers import Shared
+from lab_state.cli._writers import Shared, _is_shared
 from lab_state.shared import _frames
 from lab_state.shared._frames import STARTING, frame
 from lab_state.shared._messages import Moved
@@ -216,3 +217,52 @@ async def test_input_from_a_terminal(tmp_path: Path) -> None:
     words = {"COMP_WORDS": "lab-state ls sta", "COMP_CWORD": "2"}
     env = {**os.environ, "_LAB_STATE_COMPLETE": "bash_complete", **words}
     assert (await asyncio.to_thread(command, cwd=tmp_path, env=env)).out == "dir,sta\n"
+
+
+async def test_an_owner_that_loads_its_state(tmp_path: Path) -> None:
+    """A client notes the process id of an owner that loads its state. If this owner ends, there is no owner."""
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.writelines(frame(STARTING, b"\0" * 8, b'{"lab_state":"shared","protocol":1,"host":"here","pid":77}'))
+        writer.close()
+
+    async with await asyncio.start_unix_server(answer, tmp_path / "new.sock"):
+        client = Client(FileStorage(tmp_path), "new")
+        assert not await client.connect()
+        assert client.pid == 77
+        await client.aclose()
+
+
+async def test_a_writer_that_finds_no_owner_yet(tmp_path: Path) -> None:
+    """While the holder of the lock shares the state and does not listen yet, both ways to write are tried again."""
+    tried: list[str] = []
+
+    class Late:
+        async def connect(self) -> bool:
+            tried.append("connect")
+            return len(tried) > 1
+
+        async def may_appear(self) -> bool:
+            tried.append("may appear")
+            return True
+
+    async with owner(tmp_path):
+        manager = Manager("shop", FileStorage(tmp_path))
+        assert await _is_shared(cast("Client", Late()), manager)
+    assert tried == ["connect", "may appear", "connect"]
+
+
+async def test_a_sign_of_life(tmp_path: Path) -> None:
+    """A client notes the durable revision that a sign of life has."""
+    async with owner(tmp_path):
+        client = Client(FileStorage(tmp_path), "shop")
+        assert await client.connect()
+        assert client._connection is not None
+        client._connection.revision(client.revision + 1)
+        assert client.revision == 2
+        await client.aclose()
+
+
+def test_the_module_is_imported() -> None:
+    """To import `lab_state.__main__` runs no command."""
+    assert importlib.import_module("lab_state.__main__").__name__ == "lab_state.__main__"
