@@ -83,8 +83,11 @@ def check_on_mismatch(on_mismatch: object) -> bool:
     """Return whether a call leaves out values that are not of the requested type.
 
     Raises:
+        TypeError: The argument is not a `str`.
         ValueError: The argument is neither `"raise"` nor `"skip"`.
     """
+    if not isinstance(on_mismatch, str):
+        raise TypeError(f"on_mismatch must be a str, not {type(on_mismatch).__name__}")
     if on_mismatch not in {"raise", "skip"}:
         raise ValueError('on_mismatch must be "raise" or "skip"')
     return on_mismatch == "skip"

@@ -69,6 +69,7 @@ WRONG: dict[str, list[Wrong]] = {
     ],
     "limit": [*of_no_type("1", True, 1.5), Wrong(0, ValueError), Wrong(-1, ValueError)],
     "reverse": [],  # a flag: Python's truth of it counts
+    "on_mismatch": [*of_no_type(5, None, True), Wrong("ignore", ValueError)],
     "name": [*of_no_type(5, None, b"a"), *(Wrong(name, InvalidKeyError) for name in ("", "a/", "x" * 1025, "a\0b"))],
     "value": VALUES,
     "values": [
@@ -225,6 +226,7 @@ def test_each_parameter_is_tried() -> None:
         ("lock_timeout", [*of_no_type("1", True, [1]), Wrong(-1, ValueError), Wrong(math.inf, ValueError)]),
         ("shared", of_no_type("yes", 1, None)),
         ("owner_timeout", [*of_no_type("1", True, None), Wrong(0, ValueError), Wrong(-1, ValueError)]),
+        ("migrate", [*of_no_type(5, None, True), Wrong("never", ValueError)]),
     ],
 )
 def test_each_wrong_setting(field: str, wrong: list[Wrong]) -> None:
@@ -237,7 +239,7 @@ def test_each_wrong_setting(field: str, wrong: list[Wrong]) -> None:
 
 def test_each_setting_is_tried() -> None:
     """The fields are those above."""
-    tried = {"name", "flush_interval", "stop_timeout", "lock_timeout", "shared", "owner_timeout"}
+    tried = {"name", "flush_interval", "stop_timeout", "lock_timeout", "shared", "owner_timeout", "migrate"}
     assert set(Config.__struct_fields__) == tried
 
 

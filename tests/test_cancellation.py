@@ -15,6 +15,7 @@ import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +42,11 @@ from lab_state import (
     _in_steps,
     _writing,
     copy_state,
+    list_generations,
+    list_states,
     read_state,
+    remove_state,
+    restore_state,
 )
 from lab_state._items import _collected, _pages
 from lab_state._order import _index, _sorted_keys
@@ -337,6 +342,7 @@ async def _watched(calls: Any) -> None:
 
 
 CALLS: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {
+    "check": lambda calls: calls.check(type=int),
     "delete": lambda calls: calls.delete("a"),
     "delete_all": lambda calls: calls.delete_all(),
     "delete_many": lambda calls: calls.delete_many(["a", "b"]),
@@ -420,6 +426,10 @@ def waiting_calls(of: type) -> set[str]:
     return {name for name in public if can_wait(name)} | ({"watch"} & {*dir(of)})
 
 
+ALONE = (copy_state, read_state, list_states, remove_state, list_generations, restore_state)
+"""The functions that wait. Those of a history and of the list of states are cancelled in tests/storage."""
+
+
 def test_no_public_call_is_forgotten() -> None:
     """Each call that can wait is in one of the tables: a new one has to be put there."""
     covered = {
@@ -447,7 +457,7 @@ def test_no_public_call_is_forgotten() -> None:
         if inspect.isclass(there):
             assert waiting_calls(there) == covered.get(there, set()), name
         else:
-            assert not inspect.iscoroutinefunction(there) or there in (copy_state, read_state)
+            assert not inspect.iscoroutinefunction(there) or there in ALONE, name
 
 
 HANDLES: dict[str, Callable[[Manager], Any]] = {
@@ -455,7 +465,7 @@ HANDLES: dict[str, Callable[[Manager], Any]] = {
     "namespace": lambda state: state.namespace("ns"),
     "entry": lambda state: state.entry("a", int),
 }
-READS = {"exists", "expires_in", "get", "get_all", "get_many", "keys"}
+READS = {"check", "exists", "expires_in", "get", "get_all", "get_many", "keys"}
 ON_DISK = ("delete_all", "flush", "set", "transaction", "wait_durable")
 """What is run on files too: their threads are the same for all writes."""
 CASES = [
@@ -642,6 +652,42 @@ async def test_a_reading_cancelled_wherever_it_waits(place: Place, *, late: bool
         return through
 
     assert await at_every_wait(run) >= 2
+
+
+@LATE
+@pytest.mark.parametrize(
+    "call", [list_states, partial(list_generations, NAME)], ids=["list_states", "list_generations"]
+)
+async def test_a_list_cancelled_wherever_it_waits(
+    call: Callable[[FileStorage], Coroutine[Any, Any, object]], tmp_path: Path, *, late: bool
+) -> None:
+    """Nothing is left behind, and the manager beside it notices nothing."""
+
+    async def run(number: int) -> bool:
+        storage = FileStorage(tmp_path / str(number))
+        async with running(storage) as state:
+            through = await cancelled_at(call(storage), number, late=late)
+            await state.set("after", number)
+        assert (await contents(storage))["after"] == number
+        return through
+
+    assert await at_every_wait(run) >= 1
+
+
+@LATE
+async def test_a_removal_cancelled_wherever_it_waits(tmp_path: Path, *, late: bool) -> None:
+    """The state is what it was, or is gone, and the lock is free."""
+
+    async def run(number: int) -> bool:
+        storage = FileStorage(tmp_path / str(number))
+        async with running(storage):
+            pass
+        through = await cancelled_at(remove_state(NAME, storage), number, late=late)
+        expected = {**FIRST, "ttl": 1, "ns/ttl": 1}
+        assert await contents(storage) in ([{}] if through else [{}, expected])
+        return through
+
+    assert await at_every_wait(run) >= 1
 
 
 async def test_an_opening_in_s3_cancelled_at_every_request() -> None:

@@ -13,13 +13,21 @@ import lab_state
 from lab_state import (
     Config,
     FileStorage,
+    Generation,
     Manager,
     MemoryCache,
     MemoryStorage,
+    MigrationDraft,
+    Misfit,
     RedisCache,
+    Restored,
     S3Storage,
+    Schema,
+    list_states,
     read_state,
 )
+from lab_state._migrations._draft import MigrationCore, StateDraft
+from lab_state._state import State
 from lab_state.cache import SPOILT, Slice, Step
 from lab_state.integrations.key_value import LabStateStore as KeyValueStore
 from lab_state.integrations.litestar import LabStatePlugin, LabStateStore
@@ -76,6 +84,12 @@ async def objects(directory: Path) -> list[Any]:
             RedisCache(f"redis://me:{SECRET}@host:7000"),
             S3Storage("bucket"),
         ]
+        shown += [
+            Misfit("user", "$", "an int"),
+            Restored(3, 2),
+            Generation(1, 2, 0.5, 0.6, 10, hole_before=False, in_use=True),
+        ]
+        shown += [Schema(1), MigrationDraft(MigrationCore("jobs", StateDraft(State()))), *await list_states(storage)]
         text = [repr(one) for one in shown]
         await session.aclose()
         await other.aclose()

@@ -135,6 +135,7 @@ ROWS = (
     Row("get_all(prefix), 10 match", "get_all", MATCHES, lambda state: state.get_all("few/")),
     Row("items(prefix), 10 match", "items", MATCHES, _items),
     Row("get_all()", "", KEYS, lambda state: state.get_all()),
+    Row("check(prefix), 10 match", "check", MATCHES, lambda state: state.check("few/", type=dict)),
     Row("set", "set", CONSTANT, lambda state: state.set(key_of(7), next(VALUES))),
     Row("set_nowait", "set_nowait", CONSTANT, _set_nowait),
     Row("set_many of 10", "set_many", CHANGED, few),

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import racing
@@ -155,10 +156,10 @@ def _slow_reader(monkeypatch: Patch) -> None:
     dice = random.Random(20_250_305)
     read = OpenFile.read
 
-    def slow(self: OpenFile, most: int | None = None) -> bytes:
+    def slow(self: OpenFile, *part: Any) -> bytes:
         if dice.random() < 0.1:
             time.sleep(dice.uniform(0, LONGEST_STEP))
-        return read(self, most)
+        return read(self, *part)
 
     monkeypatch.setattr(OpenFile, "read", slow)
 
