@@ -72,7 +72,8 @@ def s3_real(session: nox.Session) -> None:
         "tests/storage/test_s3_restore.py",
         "tests/storage/test_s3_secrets.py",
     ]
-    session.run("python", "tests/servers/rgw.py", "python", "-m", "pytest", *tests, env=WHEEL_ONLY)
+    environment = {**WHEEL_ONLY, "LAB_STATE_S3_THOROUGH": "1"}
+    session.run("python", "tests/servers/rgw.py", "python", "-m", "pytest", *tests, env=environment)
 
 
 @nox.session(name="s3-scenarios")
@@ -146,7 +147,7 @@ CRASH: dict[str, tuple[str, dict[str, str]]] = {
         {"LAB_STATE_COMMAND_KILLS": "1", "LAB_STATE_KILL_CYCLES": "10000", "LAB_STATE_STORM_CYCLES": "300"},
     ),
     "faults": (
-        "crash/test_faults.py crash/test_kill_points.py crash/test_traced.py crash/test_lifecycle.py",
+        "crash/test_faults.py crash/test_kill_points.py crash/test_restore_kill.py crash/test_traced.py crash/test_lifecycle.py",
         {"LAB_STATE_FAULT_RUNS": "280", "LAB_STATE_CRASH_STRACE": "1"},
     ),
     "disks": (

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from witness import Witness, zygote
 
-CYCLES = int(os.environ.get("LAB_STATE_KILL_CYCLES", "500"))
+CYCLES = int(os.environ.get("LAB_STATE_KILL_CYCLES", "250"))
 
 
 @pytest.mark.timeout(60 + CYCLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def plan(directory: Path, kill: Kill | None = None, *, history: bool = False) ->
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("history", [False, True] if os.environ.get("LAB_STATE_FAULT_RUNS") else [False])
 def test_killed_at_every_call(tmp_path: Path, *, history: bool) -> None:
     """Whatever was acknowledged up to that call is there, and the next process goes on. In a history, each moment can be read."""
     killed = 0
