@@ -122,7 +122,8 @@ class Requests:
             if self._turn[0] is not loop:
                 self._turn = loop, asyncio.Lock()
             async with self._turn[1]:
-                if self._loop is not loop:  # pragma: no branch -- tested, but coverage does not see the jump out of `async with`
+                # It is tested that another task has connected meanwhile, but coverage does not see the jump out of the block.
+                if self._loop is not loop:  # pragma: no branch
                     self._connected = await self._connecting()
                     self._loop = loop
         return self._connected
