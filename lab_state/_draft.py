@@ -7,7 +7,7 @@ from typing import cast
 from weakref import ref
 
 from lab_state._batch import Batch
-from lab_state._entries import Absent, Stored, StoredOrGone, Value
+from lab_state._entries import Absent, Layer, Stored, StoredOrGone, Value
 from lab_state._layered import Layered, LayeredEntries
 from lab_state._state import State
 from lab_state._undo import UndoView
@@ -22,6 +22,11 @@ class Draft(Layered):
     """
 
     __slots__ = ("_only_values",)
+
+    # These are of the base class, and assigned here as well: see `State`.
+    entries: dict[str, Stored] | Layer
+    cleared: bool
+    revision: int
 
     def __init__(self, base: State) -> None:
         """Begin with the entries of `base`, and no changes."""

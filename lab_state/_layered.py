@@ -57,6 +57,12 @@ class Layered(State):
     has_steps = False
     __slots__ = ("base",)
 
+    # These are of the base class, and assigned here as well: see `State`.
+    entries: dict[str, Stored] | Layer
+    changes: dict[str, StoredOrGone]
+    expiries: Expiries
+    cleared: bool
+
     def __init__(self, base: State) -> None:
         """Begin with the entries of `base`, and no changes."""
         self.base: State = base

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Coroutine, Mapping
+from collections.abc import Callable, Container, Coroutine, Mapping
 from typing import Any, TypeVar, final
 
 from lab_state import _batch
@@ -11,7 +11,7 @@ from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore, Core
 from lab_state._draft import Draft
 from lab_state._durability import Durability
-from lab_state._entries import StoredOrGone
+from lab_state._entries import StoredOrGone, Value
 from lab_state._periods import Seconds
 from lab_state._plain import Plain
 from lab_state._state import State
@@ -32,8 +32,9 @@ class DraftCore(CallCore):
 
     __slots__ = ("_core", "_is_over", "changes", "committed", "known")
 
-    # The base class declares this attribute, too. `pyright --verifytypes` needs a declaration in each class that assigns it.
+    # The base class declares these attributes, too. `pyright --verifytypes` needs a declaration in each class that assigns them.
     state: State
+    value_check: Callable[[str, Value], object] | None
 
     def __init__(self, core: Core) -> None:
         super().__init__(core.name, core.state, core.counters)
