@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from s3_proxy import Proxy, answers
 from s3_world import Bucket
 
 from lab_state import CorruptionError, Manager, UnsupportedError, list_states
@@ -67,12 +68,12 @@ async def test_a_copy_that_cannot_be_kept(bucket: Bucket, monkeypatch: pytest.Mo
     assert len(discarded) == 1
 
 
-async def test_states_of_a_missing_bucket(bucket: Bucket) -> None:
-    """The error says that the bucket is missing."""
-    storage = bucket.storage()
-    storage._bucket = "missing-bucket"
-    with pytest.raises(UnsupportedError, match="missing-bucket"):
-        await list_states(storage)
+async def test_states_of_a_missing_bucket(bucket: Bucket, proxy: Proxy) -> None:
+    """If the store does not find what is listed, the bucket is missing. The error says so."""
+    await fill(bucket)
+    proxy.plan("GET", "delimiter", answers(404, "NoSuchKey"), times=float("inf"))
+    with pytest.raises(UnsupportedError, match="bucket"):
+        await list_states(bucket.storage(proxy.url))
 
 
 async def test_a_foreign_object_among_the_records(bucket: Bucket) -> None:
