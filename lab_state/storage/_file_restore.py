@@ -8,7 +8,6 @@ need not be readable.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import zlib
 
@@ -23,14 +22,11 @@ from lab_state.storage._directory import Paths
 from lab_state.storage._file_start import discard_temporaries, load_writer, take_lock
 from lab_state.storage._file_writer import Need, Writer
 from lab_state.storage._generations import Moment, moment_of_record, moment_of_snapshot
-from lab_state.storage._history_files import link_present
+from lab_state.storage._history_files import NO_LINKS, link_present
 from lab_state.storage._keeping import Keeping
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._os_errors import storage_error
 from lab_state.storage._protocol import Recovery
-
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""The errors of file systems without hard links."""
 
 
 def restoring_writer(
@@ -148,7 +144,7 @@ def _link_or_copy(path: str, target: str) -> None:
     try:
         os.link(path, target, follow_symlinks=False)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise storage_error("linking a damaged file to", target, error) from error
         fs.close(fs.create(target, [fs.read(path) or b""], fs.WrittenBytes(), path))
 

@@ -54,7 +54,7 @@ _MEMBER_HEAD = re.compile(rb'"\$lab_state":\{"format":\d+,"revision":(\d{1,19}),
 _HEAD_MOST = 64
 _PIECE = 1024 * 1024
 
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """The errors of file systems without hard links."""
 
 
@@ -301,10 +301,10 @@ def try_link(paths: Paths, tried: set[lookup.Identity], noted: Callable[..., Abs
             fs.close(fs.create_empty(first))
             os.link(first, second, follow_symlinks=False)
         except UnavailableError as error:
-            _logger.warning("hard links were not tried out in %s: %s", paths.directory, error)
+            _logger.warning("hard links could not be tested in %s: %s", paths.directory, error)
             return
         except OSError as error:
-            if error.errno in _NO_LINKS:
+            if error.errno in NO_LINKS:
                 raise UnsupportedError(
                     f"the file system of {paths.directory} has no hard links, which a history needs: choose another one, "
                     "or leave out history="
