@@ -11,8 +11,7 @@ nox.options.sessions = ["tests", "lint", "types", "docs"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-# As many processes as cores. Each process starts its own servers.
-# The tests wait for a quarter of their time. So there are more processes than two cores need.
+# Each process starts its own servers. The tests wait for a quarter of their time, so two cores are busy with three processes.
 AT_ONCE = ("-n", "3", "--dist", "worksteal")
 # Without this, `python -m pytest` would import the checkout instead of the wheel.
 WHEEL_ONLY = {"PYTHONSAFEPATH": "1"}

@@ -190,8 +190,8 @@ class Manager(Scope, BackedUp):
 
         If the schema of the manager is newer than the state, all migrations run on one draft. Then each value is checked against
         the types of the schema, and one commit makes the change durable. If a migration or a check fails, the stored state stays
-        as it was. Each migration blocks the event loop, for about 4 s if it changes a million small values. The log shows the progress. A start after
-        the commit does not repeat the migration.
+        as it was. Each migration blocks the event loop until its function returns. The log shows the progress. A start after the
+        commit does not repeat the migration.
 
         In a shared state, the call waits until this process is the owner, or follows the owner. While the owner loads the
         state, the call waits without a limit.

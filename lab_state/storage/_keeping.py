@@ -20,6 +20,7 @@ from lab_state.storage import _history_files as files
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._directory import Paths
 from lab_state.storage._generations import HistoryFile, journal_file
+from lab_state.storage._limits import Limits
 from lab_state.storage._protocol import HistoryFigures
 from lab_state.storage._pruning import InUse, counted, deletions
 
@@ -30,14 +31,12 @@ class Keeping:
     """The settings of a history on disk, for all states of a storage object.
 
     Attributes:
-        age: The length of the history, in milliseconds.
-        most_bytes: The most bytes of a history; `None` for no limit.
+        limits: The limits of each history.
         tried: The directories in which a hard link was tried out with success.
     """
 
-    def __init__(self, age: int, most_bytes: int | None) -> None:
-        self.age: int = age
-        self.most_bytes: int | None = most_bytes
+    def __init__(self, limits: Limits) -> None:
+        self.limits: Limits = limits
         self.tried: set[lookup.Identity] = set()
 
 
@@ -137,7 +136,7 @@ class KeptHistory:
         except StorageError as error:
             self.failures += 1
             _logger.error(  # noqa: TRY400 -- one line
-                "%s gets a hole: files of the state could not be linked into it before they are replaced: %s",
+                "%s lacks the files of the state that are now replaced, because they could not be linked: %s",
                 self._paths.history,
                 error,
             )
@@ -156,13 +155,14 @@ class KeptHistory:
         try:
             self._prune()
         except StorageError as error:
-            _logger.warning("%s keeps too much until the next checkpoint: %s", self._paths.history, error)
+            _logger.warning(
+                "%s: old files could not be deleted before the next checkpoint: %s", self._paths.history, error
+            )
 
     def _prune(self) -> None:
         sizes, in_use = self._look()
         added, self._added = self._added, 0
-        age, most_bytes = self._keeping.age, self._keeping.most_bytes
-        gone = deletions(sizes, in_use, oldest=wall_now() - age, most_bytes=most_bytes, added=added)
+        gone = deletions(sizes, in_use, limits=self._keeping.limits, now=wall_now(), added=added)
         files.delete(self._paths.history, gone.journals)
         if gone.journals and gone.snapshots:
             # No crash may leave a journal without its snapshot.

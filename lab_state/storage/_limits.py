@@ -39,11 +39,13 @@ def to_prune(kept: Sequence[Held], in_use: int, limits: Limits, now: int, added:
     read. It is also deleted if all generations together have too many bytes. At most two are deleted for each one that was
     added. So a clock that was set forward by mistake does not empty the history.
 
-    A time after `now` is not used, because the clock was set back since then. The time of the next generation takes its place.
+    A time that is not recorded is not used. A time after `now` is not used either, because the clock was set back since then.
+    The time of the next generation takes its place.
 
     Args:
         kept: The generations, the oldest first, without the one in use.
-        in_use: The recorded time of the first revision of the generation in use, in milliseconds since 1970.
+        in_use: The recorded time of the first revision of the generation in use, in milliseconds since 1970; 0 if it is not
+            recorded.
         limits: The limits of the history.
         now: The time of the wall clock, in milliseconds since 1970.
         added: The number of generations that were added since generations were last deleted.
@@ -53,7 +55,7 @@ def to_prune(kept: Sequence[Held], in_use: int, limits: Limits, now: int, added:
     left = sum(generation.size for generation in kept)
     most = min(len(kept), _MOST_FOR_EACH_ADDED * added)
     for number in range(most):
-        until = next((wall for wall in walls[number + 1 :] if wall <= now), now)
+        until = next((wall for wall in walls[number + 1 :] if 0 < wall <= now), now)
         is_old = until < since
         is_too_much = limits.most_bytes is not None and left > limits.most_bytes
         if not (is_old or is_too_much):

@@ -5,13 +5,11 @@ The page `docs/design/disk.md` has the rules, with a reason for each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from lab_state.storage._generations import HistoryFile, StoredGeneration, grouped
-
-_MOST_FOR_EACH = 2
-"""The most generations that are deleted for each one that was added. So a clock set forward by mistake does not empty the history."""
+from lab_state.storage._limits import Held, Limits, to_prune
 
 
 class InUse(NamedTuple):
@@ -57,36 +55,22 @@ def _is_in_use(one: StoredGeneration, in_use: InUse) -> bool:
     )
 
 
-def deletions(
-    sizes: Mapping[HistoryFile, int], in_use: InUse, *, oldest: int, most_bytes: int | None, added: int
-) -> Deletions:
-    """Decide which files of a history are deleted.
+def deletions(sizes: Mapping[HistoryFile, int], in_use: InUse, *, limits: Limits, now: int, added: int) -> Deletions:
+    """Decide which files of a history are deleted. `to_prune` decides how many generations.
 
     Args:
         sizes: The files of the history, with their sizes in bytes.
         in_use: The journal of the state.
-        oldest: The earliest moment that must stay in reach, in milliseconds since 1970.
-        most_bytes: The most bytes of all generations without the one in use; `None` for no limit.
+        limits: The limits of the history.
+        now: The time of the wall clock, in milliseconds since 1970.
         added: The number of generations that were added since the last call.
     """
     kept = _replaced(sizes, in_use)
-    chosen = list(_chosen(kept, sizes, in_use, oldest, most_bytes))[: _MOST_FOR_EACH * added]
+    held = [Held(one.wall, _bytes_of(one, sizes)) for one in kept]
+    chosen = kept[: to_prune(held, in_use.wall, limits, now, added)]
     orphans = [file for file in grouped(sizes).orphans if file.base != in_use.base]
     journals = [file for one in chosen for file in one.journals]
     return Deletions((*journals, *orphans), tuple(one.snapshot for one in chosen if one.snapshot is not None))
-
-
-def _chosen(
-    kept: list[StoredGeneration], sizes: Mapping[HistoryFile, int], in_use: InUse, oldest: int, most_bytes: int | None
-) -> Iterator[StoredGeneration]:
-    """Yield the generations that a rule lets go, the oldest first."""
-    left = sum(_bytes_of(one, sizes) for one in kept)
-    for number, one in enumerate(kept):
-        # A generation holds the moments up to the first one of the next. A time that is not recorded is not known to be old.
-        ended = kept[number + 1].wall if number + 1 < len(kept) else in_use.wall
-        if 0 < ended < oldest or (most_bytes is not None and left > most_bytes):
-            left -= _bytes_of(one, sizes)
-            yield one
 
 
 def counted(sizes: Mapping[HistoryFile, int], in_use: InUse) -> tuple[int, int]:

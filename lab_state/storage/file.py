@@ -52,6 +52,7 @@ from lab_state.storage._file_start import load_writer, open_writer
 from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, Writer
 from lab_state.storage._keeping import Keeping
 from lab_state.storage._leftovers import Leftovers
+from lab_state.storage._limits import Limits
 from lab_state.storage._lock import Lock
 from lab_state.storage._new_journal import NewJournal
 from lab_state.storage._protocol import HistoryFigures, Reading, Recovery, SnapshotSource
@@ -110,7 +111,7 @@ class FileStorage:
         self._directory = folder.check_path(directory, "directory")
         self._create = create
         age = check_history(history, history_bytes)
-        self._keeping = None if age is None else Keeping(age, history_bytes)
+        self._keeping = None if age is None else Keeping(Limits(age, history_bytes))
         self._tried: set[lookup.Identity] = set()
         self._leftovers = Leftovers()
         self._journals = Journals()

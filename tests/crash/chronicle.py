@@ -24,6 +24,7 @@ from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
 from lab_state.storage import _keeping, _pruning
 from lab_state.storage._generations import HistoryFile, moment_of_snapshot, parse_name
 from lab_state.storage._keeping import KeptHistory
+from lab_state.storage._limits import Limits
 from lab_state.storage._pruning import Deletions, InUse
 
 Promise = tuple[int, str]
@@ -180,11 +181,10 @@ def watching(recorder: Recorder) -> Iterator[None]:
             recorder.mark(Unsure())
         return found
 
-    def chosen(
-        sizes: Mapping[HistoryFile, int], in_use: InUse, *, oldest: int, most_bytes: int, added: int
-    ) -> Deletions:
-        gone = choose(sizes, in_use, oldest=oldest, most_bytes=most_bytes, added=added)
-        allowed = _allowed(sizes, in_use, most_bytes, added)
+    def chosen(sizes: Mapping[HistoryFile, int], in_use: InUse, *, limits: Limits, now: int, added: int) -> Deletions:
+        gone = choose(sizes, in_use, limits=limits, now=now, added=added)
+        assert limits.most_bytes is not None
+        allowed = _allowed(sizes, in_use, limits.most_bytes, added)
         if allowed:
             names = frozenset(map(_name, allowed))
             recorder.mark(Pruned(names, *_first_left(allowed, sizes, in_use, recorder.root)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import workloads
 from bugs import Bug
 
-from lab_state.storage import _file_calls, _file_restore, _fs, _history_files, _lookup, _pruning
+from lab_state.storage import _file_calls, _file_restore, _fs, _history_files, _limits, _lookup, _pruning
 from lab_state.storage._directory import Paths
 from lab_state.storage._file_calls import FileRestoring
 from lab_state.storage._generations import HistoryFile, StoredGeneration
@@ -145,18 +145,13 @@ def newest_pruned_first(patch: Patch) -> None:
 
 def too_many_pruned(patch: Patch) -> None:
     """Delete as many as it takes, at once."""
-    patch.setattr(_pruning, "_MOST_FOR_EACH", 1000)
+    patch.setattr(_limits, "_MOST_FOR_EACH_ADDED", 1000)
 
 
 def one_too_many_pruned(patch: Patch) -> None:
     """Delete one generation more than the rules allow."""
-    choose = _pruning._chosen
-
-    def chosen(kept: list[StoredGeneration], *args: Any) -> Iterator[StoredGeneration]:
-        found = list(choose(kept, *args))
-        yield from kept[: len(found) + 1]
-
-    patch.setattr(_pruning, "_chosen", chosen)
+    choose = _limits.to_prune
+    patch.setattr(_pruning, "to_prune", lambda kept, *args: min(choose(kept, *args) + 1, len(kept)))
 
 
 def restore_that_links(patch: Patch) -> None:

@@ -25,7 +25,7 @@ from lab_state.storage._history_files import link_present
 from lab_state.storage._protocol import figures_of
 
 HOUR = timedelta(hours=1)
-HOLE = "gets a hole: files of the state could not be linked into it"
+HOLE = "lacks the files of the state that are now replaced"
 
 
 def manager(directory: Path, **more: Any) -> Manager:
@@ -585,7 +585,7 @@ async def test_a_failed_deletion(
             failing("unlink", errno.EACCES)(patch)
             await checkpoint(state)
         assert state.status().last_error is None
-        assert "keeps too much until the next checkpoint: deleting" in caplog.text
+        assert "old files could not be deleted before the next checkpoint: deleting" in caplog.text
         assert shown(tmp_path)[0] == "0jnone"
         await state.set("a", 10)
         await checkpoint(state)
@@ -669,7 +669,7 @@ async def test_a_full_disk_at_the_start(
         patch.setattr(_directory, "try_out", lambda *_: True)
         patch.setattr(_fs, "create_empty", full)
         async with manager(tmp_path):
-            assert "hard links were not tried out" in caplog.text
+            assert "hard links could not be tested" in caplog.text
 
 
 async def test_hard_links_are_tried_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,13 @@ def test_a_clock_that_was_set_back() -> None:
     assert to_prune(of(10**9, 10**9), 10**9, Limits(1000, None), 1301, added=9) == 0
 
 
+def test_a_time_that_is_not_recorded() -> None:
+    """It is not known to be old. The next recorded time takes its place."""
+    assert to_prune(of(100, 0, 300), 400, Limits(1000, None), 1250, added=9) == 0
+    assert to_prune(of(100, 0, 300), 400, Limits(1000, None), 1301, added=9) == 2
+    assert to_prune(of(0, 0), 0, Limits(1000, None), 1301, added=9) == 0
+
+
 def test_no_generations() -> None:
     """An empty history has nothing to delete."""
     assert to_prune([], 400, Limits(1, 1), 10**6, added=5) == 0

@@ -8,11 +8,18 @@ from hypothesis import strategies as st
 
 from lab_state._journal import ANY_BASE, NO_BASE
 from lab_state.storage._generations import HistoryFile, journal_file, snapshot_file
+from lab_state.storage._limits import Limits
 from lab_state.storage._pruning import Deletions, InUse, counted, deletions
 
 IN_USE = InUse("99-00000099", "f" * 16, 1000)
-NEVER = 0
-"""As `oldest`: no generation is too old."""
+NOW = 2000
+
+
+def deleted(
+    sizes: dict[HistoryFile, int], *, oldest: int = 0, most_bytes: int | None = None, added: int = 9
+) -> Deletions:
+    """Decide at `NOW`. Generations before `oldest` are too old."""
+    return deletions(sizes, IN_USE, limits=Limits(NOW - oldest, most_bytes), now=NOW, added=added)
 
 
 def snapshot(number: int, *, wall: int | None = None) -> HistoryFile:
@@ -39,7 +46,7 @@ def gone(*numbers: int) -> Deletions:
 )
 def test_a_generation_is_kept_until_the_next_one_is_too_old(oldest: int, expected: tuple[int, ...]) -> None:
     """So each moment since then can be reached: the next one of the newest is the one in use."""
-    assert deletions(files(1, 2, 3, 4), IN_USE, oldest=oldest, most_bytes=None, added=9) == gone(*expected)
+    assert deleted(files(1, 2, 3, 4), oldest=oldest) == gone(*expected)
 
 
 @pytest.mark.parametrize(
@@ -48,25 +55,26 @@ def test_a_generation_is_kept_until_the_next_one_is_too_old(oldest: int, expecte
 def test_the_oldest_generations_go_if_there_are_too_many_bytes(most_bytes: int, expected: tuple[int, ...]) -> None:
     """The bytes of the generation in use do not count."""
     sizes = files(1, 2, 3, 4) | {snapshot(99): 1000}
-    assert deletions(sizes, IN_USE, oldest=NEVER, most_bytes=most_bytes, added=9) == gone(*expected)
+    assert deleted(sizes, most_bytes=most_bytes) == gone(*expected)
 
 
 @pytest.mark.parametrize(("added", "expected"), [(0, ()), (1, (1, 2)), (2, (1, 2, 3, 4))])
 def test_two_go_for_each_one_that_was_added(added: int, expected: tuple[int, ...]) -> None:
     """A clock that was set forward by mistake does not empty the history."""
-    assert deletions(files(1, 2, 3, 4), IN_USE, oldest=10**15, most_bytes=1, added=added) == gone(*expected)
+    assert deleted(files(1, 2, 3, 4), oldest=NOW, most_bytes=1, added=added) == gone(*expected)
 
 
 def test_a_time_that_is_not_recorded_is_not_old() -> None:
-    """The generation before it stays."""
+    """The time of the next generation takes its place."""
     sizes = {snapshot(1): 1, snapshot(2, wall=0): 1, snapshot(3): 1}
-    assert deletions(sizes, IN_USE, oldest=5, most_bytes=None, added=9).snapshots == (snapshot(2, wall=0),)
+    assert deleted(sizes, oldest=3).snapshots == ()
+    assert deleted(sizes, oldest=5).snapshots == (snapshot(1), snapshot(2, wall=0))
 
 
 def test_a_snapshot_goes_with_all_its_journals() -> None:
     """A journal that was copied after a crash has the same snapshot as the copy."""
     copy = journal(1, "c" * 16)
-    found = deletions(files(1, 2) | {copy: 5}, IN_USE, oldest=3, most_bytes=None, added=1)
+    found = deleted(files(1, 2) | {copy: 5}, oldest=3)
     assert found == Deletions((journal(1), copy), (snapshot(1),))
 
 
@@ -75,21 +83,21 @@ def test_a_journal_without_a_base_is_a_generation(base: str) -> None:
     """It needs no snapshot."""
     sizes = {journal(1, base=base): 5, **files(2)}
     assert counted(sizes, IN_USE) == (2, 35)
-    assert deletions(sizes, IN_USE, oldest=3, most_bytes=None, added=1) == Deletions((journal(1, base=base),), ())
+    assert deleted(sizes, oldest=3) == Deletions((journal(1, base=base),), ())
 
 
 def test_a_journal_without_its_snapshot_goes() -> None:
     """It cannot be read. No limit holds for it, and it is no generation."""
     sizes = {journal(1): 5, **files(2)}
     assert counted(sizes, IN_USE) == (1, 30)
-    assert deletions(sizes, IN_USE, oldest=NEVER, most_bytes=None, added=0) == Deletions((journal(1),), ())
+    assert deleted(sizes, added=0) == Deletions((journal(1),), ())
 
 
 def test_the_files_in_use_stay() -> None:
     """A crash may leave links to them: to the snapshot, to its journal, or to a journal that starts with the whole state."""
     linked = {snapshot(99): 1, journal(99): 1, journal(9, "f" * 16, base=ANY_BASE): 1, journal(8, base=IN_USE.base): 1}
     for file in linked:
-        assert deletions({file: 1}, IN_USE, oldest=10**15, most_bytes=1, added=9) == Deletions((), ())
+        assert deleted({file: 1}, oldest=NOW, most_bytes=1) == Deletions((), ())
         assert counted({file: 1}, IN_USE) == (0, 0)
 
 
@@ -103,14 +111,14 @@ def test_the_files_in_use_stay() -> None:
 def test_only_what_a_rule_lets_go_is_deleted(
     sizes: list[int], walls: list[int], oldest: int, most_bytes: int | None, added: int
 ) -> None:
-    """Each deleted generation is followed by an old one, or those that are not older have too many bytes."""
+    """The next recorded time after each deleted generation is old, or those that are not older have too many bytes."""
     kept = {snapshot(number + 1, wall=walls[number]): size for number, size in enumerate(sizes)}
     order = list(kept)
-    found = deletions(kept, IN_USE, oldest=oldest, most_bytes=most_bytes, added=added).snapshots
+    found = deleted(kept, oldest=oldest, most_bytes=most_bytes, added=added).snapshots
     assert len(found) <= 2 * added
     assert list(found) == [file for file in order if file in found]
     for number, file in enumerate(order):
         if file in found:
-            ended = order[number + 1].wall if number + 1 < len(order) else IN_USE.wall
+            ended = next((later.wall for later in order[number + 1 :] if later.wall > 0), IN_USE.wall)
             rest = sum(size for other, size in kept.items() if other not in found or other.first >= file.first)
-            assert 0 < ended < oldest or (most_bytes is not None and rest > most_bytes)
+            assert ended < oldest or (most_bytes is not None and rest > most_bytes)
