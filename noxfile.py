@@ -63,6 +63,7 @@ def s3_real(session: nox.Session) -> None:
     """Test `S3Storage` with a real store: Ceph's gateway on the loopback interface. Skip the session if it is not installed."""
     session.install(".", *_group("test"))
     tests = session.posargs or [
+        "tests/migrations/test_s3_schema.py",
         "tests/storage/test_s3_conformance.py",
         "tests/storage/test_s3.py",
         "tests/storage/test_s3_faults.py",

@@ -61,6 +61,7 @@ def test_few_lines_are_info() -> None:
         "loaded",
         "migrated",
         "migrates",
+        "restore_state(%r,",
         "stopped",
         "the",
         "this",

@@ -147,3 +147,16 @@ def test_a_run_writes_the_tables_that_the_page_has() -> None:
     for name in drawn.keys() - {"machine"}:
         heads = [cell.strip() for cell in drawn[name].splitlines()[0].strip("|").split("|")]
         assert heads == list(plots.table_of(plots.PAGE.read_text(), name)[0]), name
+
+
+def test_rows_of_one_part() -> None:
+    """The rows of a part replace those for the same work, and new ones follow at the end. Nothing else changes."""
+    page = plots.PAGE.read_text()
+    first = pages.checks({"checks": {"hot": [{"work": "first", "reached": "1", "bound": "", "met": True}]}})
+    changed = pages.with_rows(page, ["| get of a scalar, set here / awaited dict lookup | 9 | <= 2 | **no** |"])
+    assert pages.with_rows(changed, first.splitlines()[2:]) == changed.replace(
+        "\n\n<!-- end -->\n\n## Half an hour", "\n| first | 1 |  |  |\n\n<!-- end -->\n\n## Half an hour"
+    )
+    lines = set(changed.splitlines()) ^ set(page.splitlines())
+    assert {line.split(" | ")[0] for line in lines} == {"| get of a scalar, set here / awaited dict lookup"}
+    assert pages.with_rows(page, []) == page

@@ -24,7 +24,7 @@ from lab_state._migrations._versions import Step, Stored, decide
 from lab_state._snapshots import SnapshotViews
 from lab_state._state import State
 from lab_state.exceptions import SchemaError
-from lab_state.storage._protocol import StorageSession
+from lab_state.storage._protocol import StorageSession, figures_of
 
 
 class Committed(NamedTuple):
@@ -128,6 +128,14 @@ class SchemaStart(NamedTuple):
             committed.end,
             start,
         )
+        if figures_of(session) is not None:
+            self.logger.info(
+                "%s: restore_state(%r, storage, %d, into=%r) undoes the migration: the history has the state before it",
+                name,
+                name,
+                start,
+                name,
+            )
         return committed
 
     async def _check(self, state: State) -> None:

@@ -7,7 +7,8 @@ of its calls. An absolute figure says what this machine did today, no more.
 
 `--json FILE` keeps a run; with parts of it measured anew, the others stay. `--docs` draws
 the tables and plots of docs/benchmarks.md, and the README's, and `--draw FILE` does so
-from a run that was kept: of all parts, or not at all.
+from a run that was kept: of all parts, or not at all. `--rows FILE` puts the rows of some
+parts alone into the table of goals; say in the page when they were measured.
 """
 
 from __future__ import annotations
@@ -142,10 +143,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the run; parts not measured now stay as in it")
     parser.add_argument("--docs", action="store_true", help="draw the tables and plots of the documentation")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing, draw from a run that was kept")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE", help="measure nothing, put the rows of a kept run into the page"
+    )
     parser.add_argument("--directory", help="on the disk to measure; where temporary files go, if left out")
     arguments = parser.parse_args()
     if arguments.draw:
         pages.draw(json.loads(arguments.draw.read_text()), PARTS)
+        return
+    if arguments.rows:
+        pages.add_rows(json.loads(arguments.rows.read_text()))
         return
     results = Results()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:

@@ -202,9 +202,40 @@ def draw(run: Numbers, parts: Iterable[str]) -> None:
         raise SystemExit(f"not measured: {', '.join(sorted(missing))}; the page is of all parts, or it says half")
     page = PAGE.read_text()
     for name, text in drawn(run).items():
-        place = re.search(_BLOCK.format(name=name), page, re.DOTALL)
-        if place is None:
-            raise SystemExit(f"{PAGE} has no place for the table {name!r}: <!-- bench: {name} --> ... <!-- end -->")
+        place = _place(page, name)
         page = f"{page[: place.end(1)]}\n{text}\n{page[place.start(2) :]}"
     PAGE.write_text(page)
     plots.draw()
+
+
+def add_rows(run: Numbers) -> None:
+    """Put the rows of some parts into the table of checks: in place of the rows for the same work, or at the end."""
+    page = PAGE.read_text()
+    PAGE.write_text(with_rows(page, checks(run).splitlines()[2:]))
+
+
+def with_rows(page: str, rows: Iterable[str]) -> str:
+    """Return the page with these rows in its table of checks."""
+    place = _place(page, "checks")
+    lines = page[place.end(1) : place.start(2)].strip().splitlines()
+    at = {_work(line): number for number, line in enumerate(lines)}
+    for row in rows:
+        if (number := at.get(_work(row))) is None:
+            lines.append(row)
+        else:
+            lines[number] = row
+    table = "\n".join(lines)
+    return f"{page[: place.end(1)]}\n{table}\n\n{page[place.start(2) :]}"
+
+
+def _work(row: str) -> str:
+    """Return the first cell of a row: what is measured."""
+    return row.partition(" | ")[0]
+
+
+def _place(page: str, name: str) -> re.Match[str]:
+    """Return the place of a table in the page."""
+    place = re.search(_BLOCK.format(name=name), page, re.DOTALL)
+    if place is None:
+        raise SystemExit(f"{PAGE} has no place for the table {name!r}: <!-- bench: {name} --> ... <!-- end -->")
+    return place

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from lab_state import (
     MemoryStorage,
     MigrationDraft,
     MigrationError,
+    Restored,
     Schema,
     SchemaError,
     Storage,
     UnavailableError,
     copy_state,
     read_state,
+    restore_state,
 )
 from lab_state._codec import decode_snapshot
 from lab_state._loading import load
@@ -103,6 +107,47 @@ async def test_a_state_is_migrated(storage: Storage, caplog: pytest.LogCaptureFi
     assert await versions(storage) == (3, 3)
     async with Manager("people", storage, schema=people(3)) as state:
         assert state.revision == 2
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+async def test_the_undo(tmp_path: Path, caplog: pytest.LogCaptureFixture, *, shared: bool) -> None:
+    """With a history, the log names the revision before the migration. `restore_state` with it gives older code its state again."""
+    storage = FileStorage(tmp_path, history=timedelta(days=7))
+    config = Config("people", shared=shared)
+    await filled(storage)
+    caplog.set_level(logging.INFO)
+    async with Manager(config, storage, schema=people()) as state:
+        await state.set("later", 1)
+    before = revision_before(caplog)
+    assert before == 1
+    assert await restore_state("people", storage, before, into="people") == Restored(4, 3)
+    assert await versions(storage) == (1, 1)
+    async with Manager(config, storage) as older:
+        assert await older.get_all() == OLD
+    async with Manager(config, storage, schema=people()) as state:
+        assert (await state.get_all(), state.revision) == (NEW, 5)
+
+
+async def test_the_undo_of_imported_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The state before may be a file of another program, which has revision 0. Without a history, the log names no undo."""
+    caplog.set_level(logging.INFO)
+    for name, storage in {"a": FileStorage(tmp_path / "a", history=60), "b": FileStorage(tmp_path / "b")}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "people.json").write_bytes(msgspec.json.encode(OLD))
+        async with Manager("people", storage, schema=people()):
+            pass
+        assert revision_before(caplog) == (0 if name == "a" else None)
+        caplog.clear()
+    storage = FileStorage(tmp_path / "a")
+    await restore_state("people", storage, 0, into="people")
+    async with Manager("people", storage) as state:
+        assert await state.get_all() == OLD
+
+
+def revision_before(caplog: pytest.LogCaptureFixture) -> int | None:
+    """Return the revision with which the log says that a migration can be undone; `None` if it says nothing."""
+    found = re.search(r"people: restore_state\('people', storage, (\d+), into='people'\) undoes", caplog.text)
+    return None if found is None else int(found[1])
 
 
 async def test_a_chain_that_has_begun(storage: Storage) -> None:
