@@ -282,6 +282,38 @@ def test_a_set_of_keys_is_taken_over(already: str) -> None:
     assert state.names("") == ["a", *already, "x", "y"]
 
 
+@pytest.mark.usefixtures("small_steps")
+def test_a_set_of_keys_is_merged_in_steps() -> None:
+    """To take over a set merges nothing. Pages and counts are right before, amid and after the merge."""
+    state = state_of("a")
+    assert state.names("") == ["a"]
+    assert state.index is not None
+    state.set_many(dict.fromkeys("efghi", 1))
+    state.entries.update(dict.fromkeys("xyz", 1))  # type: ignore[union-attr]
+    state.index.take_over(set("xyz"))
+    assert state.index.batches == 4
+    assert state.index.merge_some(1)
+    assert state.names("f", "g") == ["f"]
+    assert state.names("", limit=20) == [*"aefghi", *"xyz"]
+    assert state.count() == 9
+    while state.fold_staged(1):
+        pass
+    assert not state.index.merge_some(1)
+    assert state.names("", limit=20) == [*"aefghi", *"xyz"]
+
+
+def test_a_second_set_is_taken_over_before_the_first_is_merged() -> None:
+    """The index has the keys of both."""
+    state = state_of("a")
+    assert state.names("") == ["a"]
+    assert state.index is not None
+    state.set_many(dict.fromkeys("mn", 1))
+    for keys in ("xyz", "uvw"):
+        state.entries.update(dict.fromkeys(keys, 1))  # type: ignore[union-attr]
+        state.index.take_over(set(keys))
+    assert state.names("") == [*"amn", *"uvw", *"xyz"]
+
+
 # What an index costs that is not used
 
 

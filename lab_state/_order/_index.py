@@ -8,6 +8,9 @@ If few keys are touched, the call looks up all of them. If more are touched, an 
 them up in steps. A synchronous call looks up a few, and corrects its result for the others. So each result
 is right, and the next call has less to do.
 
+A change of many keys gives its set of keys to the index in one short step. Then one of the two sets is `_touched`.
+The other one, `_waiting`, is merged into it in steps.
+
 There is one change without a note. `set` may store a key that was deleted after the last `State.take`. This
 key is still in `State.changes`, so `set` treats it as a key that exists. Therefore `_gone` has the keys that
 were removed since the last `take`. If no key is touched, the number of sorted keys differs from the number
@@ -90,7 +93,7 @@ class Index:
             stopped a step half-way. Then the owner must make a new index.
     """
 
-    __slots__ = ("_build", "_gone", "_keys", "_touched", "is_whole")
+    __slots__ = ("_build", "_gone", "_keys", "_touched", "_waiting", "is_whole")
 
     def __init__(self, base: dict[str, Any], touched: Iterable[str], gone: Iterable[str]) -> None:
         """Begin an index. A small index is built now, and a large one in steps.
@@ -102,6 +105,7 @@ class Index:
         """
         self.is_whole: bool = True
         self._touched: set[str] = set(touched)
+        self._waiting: set[str] = set()  # other touched keys, which `merge_some` moves to `_touched`
         self._gone: set[str] = set(gone)
         self._build: Generator[None] | None = None
         if len(base) <= SMALL:
@@ -121,12 +125,22 @@ class Index:
         self._touched.update(keys)
 
     def take_over(self, keys: set[str]) -> None:
-        """Note that keys may have been added or removed. The index may keep the given set, and change it."""
-        touched = self._touched
-        if len(touched) < len(keys):
-            touched, keys = keys, touched
-        touched |= keys
-        self._touched = touched
+        """Note that keys may have been added or removed. The index may keep the given set, and change it.
+
+        This is one short step, unless keys of an earlier call have not been merged; see `merge_some`.
+        """
+        if self._waiting:
+            self.merge_some(len(self._waiting))
+        self._touched, self._waiting = (self._touched, keys) if len(keys) < len(self._touched) else (keys, self._touched)
+
+    def merge_some(self, most: int) -> bool:
+        """Merge at most `most` of the keys of the last `take_over`. Return whether there are more."""
+        self.is_whole = False
+        touched, waiting = self._touched, self._waiting
+        for _ in range(min(most, len(waiting))):
+            touched.add(waiting.pop())
+        self.is_whole = True
+        return bool(waiting)
 
     def note_gone(self, keys: Iterable[str]) -> None:
         """Note keys that were deleted since the last commit, because `set` may store them again without a note."""
@@ -139,7 +153,7 @@ class Index:
 
     def is_too_old(self, entries: Held) -> bool:
         """Return whether a new index costs no more than to look up the touched keys. This bounds the memory of an unused index."""
-        return len(self._touched) > max(len(entries) // 4, SMALL)
+        return len(self._touched) + len(self._waiting) > max(len(entries) // 4, SMALL)
 
     # Steps
 
@@ -151,7 +165,7 @@ class Index:
     @property
     def batches(self) -> int:
         """The number of calls of `catch_up` after which fewer than `FEW` keys are touched, if no other key is touched meanwhile."""
-        return len(self._touched) // FEW
+        return (len(self._touched) + len(self._waiting)) // FEW
 
     def build_some(self) -> None:
         """Take one step of the build. Do nothing if the build has ended."""
@@ -164,6 +178,7 @@ class Index:
         """Look up at most `FEW` touched keys, and correct the sorted keys. If the build has not ended, finish it first."""
         while self._build is not None:
             self.build_some()
+        self.merge_some(FEW)
         self.is_whole = False
         keys, touched, gone = self._keys, self._touched, self._gone
         for _ in range(min(FEW, len(touched))):
@@ -173,7 +188,7 @@ class Index:
             else:
                 keys.remove(key)
                 gone.add(key)
-        if gone and not touched and len(keys) != len(entries):
+        if gone and not (touched or self._waiting) and len(keys) != len(entries):
             back = [key for key in gone if key in entries]
             gone.difference_update(back)
             for key in back:
@@ -213,7 +228,9 @@ class Index:
 
     def _doubtful(self, low: str, high: str | None) -> list[str]:
         """Return the keys in a range that the sorted keys may lack, or may still have after a deletion."""
-        return in_range(self._touched | self._gone, low, high) if self._touched else []
+        if not (self._touched or self._waiting):
+            return []
+        return in_range(self._touched.union(self._waiting, self._gone), low, high)
 
     def release(self) -> dict[int, Chunk]:
         """Return the chunks of keys in a dict, so that the caller can free them in steps."""
@@ -272,7 +289,7 @@ class Index:
 
     def _slice(self, names: Iterator[str]) -> Chunk | None:
         """Return the next keys of a dict; `None` if keys may have been added or removed, so that the iterator cannot be used."""
-        if self._touched:
+        if self._touched or self._waiting:
             return None
         try:
             return tuple(islice(names, _KEYS_IN_STEP))

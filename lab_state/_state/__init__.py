@@ -361,11 +361,13 @@ class State(Ordered):
         return entries is view or (isinstance(entries, Staged) and entries.view is view)
 
     def fold_staged(self, most: int) -> bool:
-        """Merge about `most` of the changes of `switch` into the map below, and into the index of expiries.
+        """Merge about `most` of the changes of `switch` into the map below, the index of keys, and the index of expiries.
 
         Return whether there are more.
         """
         is_merging, entries = self.expiries.merge_replaced(most), self.entries
+        if self.index is not None and self.index.merge_some(most):
+            is_merging = True
         if isinstance(entries, Staged):
             if entries.fold(most):
                 return True
