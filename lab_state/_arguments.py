@@ -27,7 +27,7 @@ MAX_KEY_LENGTH = 1024
 
 
 def check_key(key: object) -> str:
-    """Return a key as a plain `str`.
+    """Check a key, and return it as a plain `str`.
 
     Raises:
         InvalidKeyError: The key is not a `str`, is empty or too long, has a NUL or a lone surrogate, or is reserved.
@@ -65,7 +65,7 @@ def check_keys(keys: Collection[str]) -> None:
 
 
 def check_prefix(prefix: object) -> str:
-    """Return a prefix of keys as a plain `str`.
+    """Check a prefix of keys, and return it as a plain `str`.
 
     Raises:
         TypeError: The prefix is not a `str`.
@@ -107,7 +107,7 @@ def check_limit(limit: object) -> None:
 
 
 def milliseconds(ttl: Seconds) -> int:
-    """Return a time to live in whole milliseconds, rounded up.
+    """Check a time to live, and return it in whole milliseconds, rounded up.
 
     Raises:
         InvalidValueError: The time is not above 0, or is longer than `LONGEST_TTL`.
@@ -125,7 +125,7 @@ def milliseconds(ttl: Seconds) -> int:
 
 
 def check_timeout(timeout: object) -> float:
-    """Return a timeout in seconds; infinity for `None`.
+    """Check a timeout, and return it in seconds; infinity for `None`.
 
     Raises:
         TypeError: The timeout is not an `int`, a `float` or `None`. A `bool` is refused, too.

@@ -28,17 +28,18 @@ R = TypeVar("R")
 class Calls(Writing, Waits):
     """The calls that read, and the calls that write.
 
-    A read waits for no write. It sees every change made so far, and returns a fresh value each time, so changing that
+    A read does not wait for writes. It sees every change made so far, and returns a new value each time, so changing that
     value does not change the state. A write is atomic: it changes the memory in one moment. If a transaction is open, the
     write first waits for the end of the transaction. The change becomes durable later; see `Config.flush_interval`. With
-    an interval of 0, a write returns when its change is durable. If the write raises `StorageError` while it waits for
-    that, or if its caller is cancelled during this wait, the change stays in memory. The change is not durable yet, and
-    the next flush includes it. A write that changes nothing does not wait until anything is durable.
+    an interval of 0, a write returns when its change is durable. If the write raises `StorageError` during this wait, or
+    if its caller is cancelled, the change stays in memory. The change is not durable yet, and the next flush includes it.
+    A write that changes nothing does not wait for a flush.
 
     In a shared state (`Config.shared`), a read returns durable values only. Each write goes to the process that owns the
     state, even if it changes nothing. There is one exception: `get_or_set` of an existing key only reads. A write returns
     when its revision is durable, and this process has that revision in memory. If no owner gives a sign of life for
-    `Config.owner_timeout` seconds, a write raises `UnavailableError`. Its `outcome` says whether the write was made.
+    `Config.owner_timeout` seconds, a write raises `UnavailableError`. The `outcome` of this error says whether the write
+    was made.
 
     Once the manager has learned that a newer writer owns the state, each write raises `FencedError` and changes nothing,
     with every `Config.flush_interval`. Even a write without an effect raises this error. Reads still succeed. If other
@@ -52,9 +53,9 @@ class Calls(Writing, Waits):
     is one exception: `set` does not check the loop if the key has an unflushed change already.
 
     A call whose name ends in `_nowait` does the same as the call without this ending, but without `await`. It is meant
-    for callbacks and other synchronous code on the event loop. Each read except `items` and `check` has such a call. For `exists`, it
-    is `in`. Three writes have such a call: `set_nowait`, `delete_nowait` and `update_nowait`. These three change the
-    memory and return, and the change becomes durable with the next flush.
+    for callbacks and other synchronous code on the event loop. Each read except `items` and `check` has such a call. In
+    place of `exists`, use `in`. Three writes have such a call: `set_nowait`, `delete_nowait` and `update_nowait`. These
+    three change the memory and return, and the change becomes durable with the next flush.
     """
 
     __slots__ = ()
@@ -252,7 +253,7 @@ class Calls(Writing, Waits):
                 as this type, and the new number must have this type, too.
             default: The number to start from if the key is missing.
             ttl: The time until the key expires, if the key is missing; see `set`. An existing
-                key keeps its expiry. So the number can count the events of a period.
+                key keeps its expiry. So the number counts the calls of one period, and starts again after it.
 
         Raises:
             TypeMismatchError: The stored value is not a number. Or the stored number or the new

@@ -23,7 +23,7 @@ class Draft(Layered):
 
     __slots__ = ("_only_values",)
 
-    # These are of the base class, and assigned here as well: see `State`.
+    # Attributes of the base class that are assigned here as well; see `State`.
     entries: dict[str, Stored] | Layer
     cleared: bool
     revision: int

@@ -197,9 +197,10 @@ class Overlay(Layer):
         self.base = self.view = view
 
     def fold(self, most: int) -> bool:
-        """Move `most` writes into the view. If more than half as many were added since the last call, move twice the added number.
+        """Move writes into the view, and return whether any are left.
 
-        Return whether any writes are left.
+        One call moves `most` writes, or twice as many as were added since the last call, if that is more. So the
+        layer shrinks even while writes come fast.
         """
         came = 0 if self._left is None else len(self.top) - self._left
         view = self.view

@@ -41,7 +41,7 @@ from lab_state.shared._results import RecordCalls
 from lab_state.storage._protocol import HistoryFigures, StorageSession, figures_of
 
 _LAST_CHANCE = 0.5
-"""`stop` makes its last attempt this many seconds before its deadline. If the event loop is ending, the session has as long to close."""
+"""`stop` makes its last attempt this many seconds before its deadline. If the event loop ends, the session gets this time to close."""
 
 
 class Flusher(Outcomes):

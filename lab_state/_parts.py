@@ -62,7 +62,7 @@ def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tu
 
     Args:
         value: The value, which is refused itself.
-        refused: The check. It is called with a part, or with a list or tuple of parts.
+        refused: A function that returns whether a part is refused. Its argument is one part, or a list or tuple of parts.
         fields: Whether to examine the fields of objects whose class is not in `PLAIN`. Pass False if `refused` encodes
             the parts: a model may write a field in another form than the field alone would have.
     """
@@ -93,8 +93,8 @@ def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tu
 def _single_parts(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> list[tuple[str, Any]]:
     """Return a chain of parts, from the outer to the inner ones. Each is the only part of its level that is not a scalar.
 
-    The chain ends at a level that has no such part, or whose scalars are refused. Only scalars are checked.
-    Otherwise a large part inside of many levels would be checked once for each level.
+    The chain ends at a level that has no such part, or whose scalars are refused. Only scalars are checked. So a
+    large part deep inside is not checked again for each level above it.
     """
     chain: list[tuple[str, Any]] = []
     while len(chain) <= MAX_DEPTH and (fields or value.__class__ in PLAIN) and (only := single_part(value, refused)):

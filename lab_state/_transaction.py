@@ -82,7 +82,7 @@ class DraftCore(CallCore):
         self.known = draft.base.entries
 
     async def conclude(self) -> int | None:
-        """Call `merge`, and set `committed`. Return the result of `merge`."""
+        """Make the changes of the draft, and note their revision in `committed`. Return the result of `merge`, with its errors."""
         made = await self.merge()
         self.committed = self._core.state.revision if made is None else made
         return made

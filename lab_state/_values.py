@@ -322,9 +322,8 @@ def _refusal(value: object) -> InvalidValueError:
 def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
     """Return the first part of a container that cannot be encoded within `levels` levels of nesting.
 
-    If each part can be encoded, return the last one. If there is no part, return `None`. If only one part is not a
-    scalar, only the scalars are encoded. Otherwise a large part inside many such containers would be encoded once
-    for each of them.
+    If each part can be encoded, return the last one. If there is no part, return `None`. If exactly one part is not a
+    scalar, encode only the scalars. So a large part deep inside is not encoded again for each level above it.
     """
 
     def refused(parts: object) -> bool:

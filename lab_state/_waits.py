@@ -14,13 +14,13 @@ class Waits(Reads):
     async def flush(self) -> None:
         """Make each change so far durable, and return when this is done.
 
-        If all changes are durable already, nothing is written. Callers at the same time share one write.
-        If the caller is cancelled, the write goes on. In a shared state, each write that has returned
-        is durable already. So this call does the same as `catch_up`, with the same errors.
+        If all changes are durable already, nothing is written. Calls at the same time share one write to
+        the storage. If the caller is cancelled, this write goes on. In a shared state, each change whose call has
+        returned is durable already. So `flush` does the same as `catch_up` there, with the same errors.
 
         Raises:
-            StorageError: The write failed. The changes stay in memory, and the next flush tries
-                again. Unless `flush_interval` is `None`, the manager starts that flush after a pause at the latest.
+            StorageError: The write to the storage failed. The changes stay in memory, and the next flush tries
+                again. Unless `flush_interval` is `None`, the manager starts the next flush by itself, after a pause.
             FencedError: The changes will never be durable: a newer writer owns the state.
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
@@ -38,7 +38,7 @@ class Waits(Reads):
         once. If the caller is cancelled, the wait ends, and nothing changes.
 
         Raises:
-            UnavailableError: There was no sign of life of an owner for `Config.owner_timeout` seconds. Call again.
+            UnavailableError: No owner gave a sign of life for `Config.owner_timeout` seconds. Call again.
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
         """

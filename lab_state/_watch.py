@@ -32,7 +32,7 @@ Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
 
 
 Told: TypeAlias = tuple[str, tuple[StoredOrGone, int]]
-"""A pair: the key, and a second pair. The second pair has either the new value or one of the marks `DELETED` and `EXPIRED`, and then the revision to report."""
+"""A key and its change. The change is a pair: the new value, `DELETED` or `EXPIRED`, and the revision to report."""
 
 
 class Change(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """`Writing`: the calls that store and delete, and the steps that all writing calls share.
 
-`set` is the hot path: it is one Python frame if the value is a dict or a list. Rare cases (a new key,
-the first change since a commit, a value with parts to check) are handled in separate functions,
+`set` is the hot path: it takes one Python frame if the value is a dict or a list. Rare cases (a new
+key, the first change since a commit, a value with parts to check) are handled in separate functions,
 after one check.
 """
 
@@ -261,7 +261,7 @@ class Writing(Reads):
     # Calls with many keys, in steps
 
     async def _set_in_steps(self, core: Core, values: dict[str, object], ttl: Seconds | None) -> int:
-        """Store many values in steps; see `set_many`. This empties the dict."""
+        """Store many values in steps; see `set_many`. At the end, `values` is empty."""
         durability = core.durability
         encoded: dict[str, StoredOrGone] = {}
         size = 0
@@ -322,9 +322,10 @@ class Writing(Reads):
     # Steps that the writing calls share
 
     def _note_for_views(self, key: object, ttl: Seconds | None) -> bool:
-        """Keep the value of a key for open iterators, and return True.
+        """Prepare the open iterators for a `set` of a key, and return True.
 
-        If `set` may have to wait or has a `ttl`, or the state is shared or has types, return False.
+        Return False if `set` must take the slow path, `_put`: if it may have to wait or has a `ttl`, or if the
+        state is shared or has types.
         """
         core = self._core
         if ttl is not None or core.must_wait or core.port is not None or core.value_check is not None:

@@ -37,8 +37,7 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             The default is 1.0, and 0 in a shared state, which allows no other value.
         stop_timeout: Seconds without progress after which `stop()` gives up, above 0.
             While bytes are written or sent, `stop()` goes on, however large the state is.
-            A flush that fails with `UnavailableError` is tried again until this many seconds after
-            the call of `stop()`.
+            A flush that fails with `UnavailableError` is tried again, for this many seconds at most.
         lock_timeout: Seconds for which `start()` tries again while another writer
             holds the state, 0 or more. `None`: without a limit. `0`: `start()` raises
             `LockedError` at once. A server with a graceful reload starts the new process
@@ -56,8 +55,8 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             `"refuse"`, `start()` raises `SchemaError` instead. Then migrate the state with the command `lab-state migrate`.
 
     Raises:
-        InvalidNameError: The name is out of bounds. The name becomes a file name. So a name
-            that could lead out of the directory is refused.
+        InvalidNameError: The name is not allowed. It becomes a file name. So a name that could
+            lead out of the directory is refused.
         ValueError: Another field is out of bounds.
         TypeError: A field has the wrong type.
     """

@@ -1,7 +1,7 @@
 """The classes of errors that lab_state defines, in one tree.
 
-There is a separate class only where the caller would act differently. A message
-never contains a value or a credential. It may contain keys, names, paths and types.
+Each class requires a different action of the caller. A message never contains a value
+or a credential. It may contain keys, names, paths and types.
 For a wrong argument or a call in the wrong place, lab_state also raises `TypeError`, `ValueError` and `RuntimeError`.
 """
 
@@ -31,11 +31,11 @@ class KeyNotFoundError(LabStateError, KeyError):
 
 
 class InvalidNameError(LabStateError, ValueError):
-    """The name of a state is out of bounds: fix the argument. `Config` lists the bounds. `escape_name` makes a valid name."""
+    """The name of a state is not allowed: fix the argument. `Config` says which names are allowed. `escape_name` makes a valid name."""
 
 
 class InvalidKeyError(LabStateError, ValueError):
-    """The key is not a `str`, or is out of bounds: fix the argument. `escape_key` makes a valid key.
+    """The key is not a `str`, or is not allowed: fix the argument. `escape_key` makes a valid key.
 
     A key has 1 to 1,024 characters. It has no NUL and no lone surrogate, and is not `$lab_state`.
     """
@@ -77,11 +77,11 @@ class TypeMismatchError(LabStateError):
 
 
 class SchemaError(LabStateError):
-    """The schema of the code and the state do not fit: use other code, or migrate the state. The state was left untouched.
+    """The schema of the code does not fit the state: use other code, or migrate the state. The state was left untouched.
 
     `Manager.start` raises it in these cases. The message says which one, and what to do.
 
-    - Newer code wrote the state, and it allows no code as old as this; see `Schema.readable_by`.
+    - Newer code wrote the state, and does not allow code as old as this; see `Schema.readable_by`.
     - The state needs a migration, and `Config.migrate` is `"refuse"`.
     - The state is shared, and its owner runs with another schema.
     - With `Schema(strict=True)`: a value has a member that its type does not know.
@@ -178,8 +178,8 @@ class FencedError(StorageError):
     """A newer writer owns the state: end this process.
 
     Once a manager knows of the newer writer, every write and every transaction raises this error
-    and changes nothing, with every `flush_interval`. A flush raises it if a change is not durable.
-    Reads still succeed. The callback `on_fenced` of `Manager` is called.
+    and changes nothing, with every `flush_interval`. `flush()` raises it, too, if a change is not
+    durable. Reads still succeed. The callback `on_fenced` of `Manager` is called.
     """
 
 

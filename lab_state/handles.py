@@ -51,10 +51,9 @@ class Scope(Calls):
                 missing. If the default is `None`, the stored value may be `None` too.
 
         Raises:
-            InvalidKeyError: The key is out of bounds.
-            TypeError: The type cannot be decoded; see `get`. One possible cause is an annotation
-                that names a class that is defined later in its module. In that case, make the
-                entry after the definition of that class.
+            InvalidKeyError: The key is not allowed.
+            TypeError: The type cannot be decoded; see `get`. A possible cause: an annotation names
+                a class that its module defines later. Then make the entry after this definition.
         """
         return entry_of(self, key, type, default)
 
@@ -84,10 +83,11 @@ class Scope(Calls):
         Use it with `async with`. Inside the block, call the methods of the transaction, without
         `await`. At the end of the block all changes of the transaction are made as one change, with
         one revision. If an exception or a cancellation ends the block, the changes are dropped.
-        Only one transaction is open at a time. Other transactions and writers wait for its end.
-        Readers never wait. They see the state from before the transaction.
         With 1,000 changes or more, the end of the block works in steps, and the event loop runs between two
         steps. All changes are still made in one moment.
+
+        If the state is not shared, only one transaction is open at a time. Other transactions and writers wait for its
+        end. Readers never wait. They see the state from before the transaction.
 
         In a shared state a transaction holds no lock, and delays no writer and no other transaction. It sees the
         state as it was at its beginning. If something that it has read changes before the end of the block, the
@@ -141,11 +141,11 @@ class Scope(Calls):
     async def transact(self, fn: Callable[[Transaction], Any]) -> Any:
         """Call `fn` with a transaction, make the changes of the transaction, and return the result of `fn`.
 
-        The result is returned when the changes are made: all of them or none, as `transaction` describes. In a
-        shared state, another task or process may change a value that `fn` has read. Then the transaction changes
-        nothing, and `fn` is called again, with a new transaction. So `fn` should have no other effects. It may be
-        called with values that are not durable yet, but its result is returned only when they are. In any other
-        state `fn` is called once.
+        The changes are made at the end of `fn`: all of them or none, as `transaction` describes. After that, the call
+        returns. In a shared state, another task or process may change a value that `fn` has read. Then the transaction
+        changes nothing, and `fn` is called again, with a new transaction. So `fn` should have no other effects. In a
+        shared state, `fn` may also read values that are not durable yet. The call then returns when they are durable.
+        If the state is not shared, `fn` is called once.
 
         Args:
             fn: A plain function, or a coroutine function. Its argument is the transaction.

@@ -100,22 +100,22 @@ class Manager(Scope, BackedUp):
                 errors. In a shared state, only the owner writes the mirror.
             logger: The logger for the messages on the page "Logging"; by default `logging.getLogger("lab_state")`. It may be an
                 adapter, a logger of loguru or structlog, or any object with the methods `info`, `warning` and `error`. No
-                value and no credential is logged. If the logger raises an error, a message of level WARNING or ERROR goes to stderr.
+                value and no credential is logged. If the logger raises an error, its messages of level WARNING and ERROR go to stderr.
             clock: A clock for tests; by default the clock of the machine. If the clock raises an error in this call or during
-                `start()`, that call raises it. Later, only the first error is logged. As long as the clock raises errors,
-                the last time that it returned is used.
+                `start()`, that call raises it. The first error after that is logged. As long as the clock raises errors, the
+                manager uses the last time that the clock returned.
             on_fenced: A plain function that takes the `FencedError`. It is called on the event loop when the manager learns that
                 a newer writer owns the state. This may happen during `stop()`, too. The function is called at most once for each
                 `start()`. Use it to end the process: `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
-                logged. If the function raises `SystemExit` or `KeyboardInterrupt`, the event loop ends. With and without
-                the function, one line is logged at level ERROR.
+                logged. If the function raises `SystemExit` or `KeyboardInterrupt`, the event loop ends. One line at level
+                ERROR is logged, even if there is no such function.
             schema: The version and the types of the values, and the migrations of older states. A manager without a schema
                 has version 1, and no types.
 
         Raises:
-            InvalidNameError: The name is out of bounds.
+            InvalidNameError: The name of the state is not allowed; see `Config.name`.
             TypeError: An argument has the wrong type.
-            ValueError: The schema lacks a migration.
+            ValueError: A migration is missing in the schema.
         """
         self._config = Config(name=config) if isinstance(config, str) else config
         if not isinstance(self._config, Config):
@@ -306,9 +306,9 @@ class Manager(Scope, BackedUp):
         """Flush, write a checkpoint, and release the state.
 
         The call continues while bytes are written or sent. It gives up after `Config.stop_timeout` seconds without progress, or
-        at most an eighth of that time later. A flush that fails with `UnavailableError` is tried again until that many seconds
-        after the call of `stop()`. A storage call that hangs continues after `stop()` has given up, and the state stays locked
-        until the storage call ends. At the end, `stop()` sends the last changes to the cache, for at most one second. A second
+        at most an eighth of that time later. A flush that fails with `UnavailableError` is tried again, for `Config.stop_timeout`
+        seconds at most. A storage call that hangs continues after `stop()` has given up, and the state stays locked until the
+        storage call ends. At the end, `stop()` sends the last changes to the cache, for at most one second. A second
         call waits for the end of the first call. A call before `start()` does nothing. If the caller is cancelled, the stop
         continues.
 
@@ -317,8 +317,8 @@ class Manager(Scope, BackedUp):
 
         Raises:
             StorageError: The last flush failed, or the storage hangs before all changes are durable. The manager is stopped. The
-                changes above `durable_revision` may be lost. If the storage hangs, and the flush before failed, the message
-                also has the error of that flush. In a shared state: calls had no answer, or this process had lost its state.
+                changes above `durable_revision` may be lost. If the storage hangs, and the flush before that failed, the message
+                also has the error of that flush. In a shared state: calls got no answer, or this process had lost its state.
             FencedError: A newer writer owns the state. The message says whether changes are lost.
             RuntimeError: `start()` is still under way: cancel `start()` instead. Or this is not the event loop of `start()`, and
                 that loop is not closed.
@@ -332,7 +332,7 @@ class Manager(Scope, BackedUp):
         if self._phase == "running" and flusher is not None:
             flusher.move()
             self._phase = "stopping"
-            # From here on, new calls see an empty, closed state. Calls that are already running use the loaded state.
+            # From here on, new calls find an empty state, and raise `ClosedError`. Calls that already run use the loaded state.
             if self._sweeper is not None:
                 self._sweeper.stop()
             self._watchers = self._core.close(State(self._clock.monotonic))
@@ -482,7 +482,10 @@ class Manager(Scope, BackedUp):
 
     @property
     def durable_revision(self) -> int:
-        """Every change up to this revision is durable. In a state that is not shared, it is 0 from a start after an unclean end until the first commit."""
+        """The last durable revision: every change up to it is durable.
+
+        After an unclean end, it is 0 from the start until the first commit, unless the state is shared.
+        """
         flusher = self._running
         return self._ended.durable_revision if flusher is None else flusher.durable_revision
 

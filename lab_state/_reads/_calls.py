@@ -1,8 +1,8 @@
 """`Reads`: the calls that read keys under a prefix. Managers, namespaces, transactions and views share them.
 
-`get` is the hot path. Usually it takes one Python frame, if the key exists and does not expire, and the
-caller passes neither a type nor a default other than `None`. Rare cases (a missing key, a closed
-manager, a typed read, an expiry) are handled in separate functions, after one check.
+`get` is the hot path. It takes one Python frame if the key exists and does not expire, and the caller
+passes neither a type nor a default other than `None`. Rare cases (a missing key, a closed manager, a
+typed read, an expiry) are handled in separate functions, after one check.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Reads(Ranges):
         """Return the number of keys.
 
         Without a prefix, the cost depends on the number of keys that expire in the present second. In a namespace
-        the cost is O(log n + m). The state has n keys, and m of them have expired and are not swept yet. If the keys
-        of the state are not in order yet, the call in a namespace first sorts all of them, in one step; see `keys`.
+        the cost is O(log n + m) for a state of n keys, of which m have expired and are not deleted yet. If the keys
+        of the state are not sorted yet, the call of a namespace first sorts all of them, in one step; see `keys`.
         """
         self._check_open()
         state = self._core.state
@@ -88,7 +88,7 @@ class Reads(Ranges):
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
-            InvalidKeyError: No state can have this key.
+            InvalidKeyError: The key is not allowed; for example, it is empty, or too long.
             TypeMismatchError: The stored value cannot be decoded as `type`. `error.path` is the path to the part that does not fit.
             TypeError: The type cannot be decoded from any value; the message says why.
                 Or the default is a class: to decode the value, pass the class as `type`.
@@ -196,9 +196,9 @@ class Reads(Ranges):
         """Return the keys that start with `prefix`, in order of code points, with their values. All values are of one moment.
 
         The cost depends on the number of keys that are returned, not on the number of all keys. With 1,000 keys or
-        more, the call works in steps of some milliseconds, and the event loop runs between two steps. See `keys` for
-        the calls that sort all keys, and for pages. To read values one after the other, without a dict of all
-        values, use `items`.
+        more, the call works in steps of some milliseconds, and the event loop runs between two steps. Some calls
+        sort all keys of the state first; see `keys`. To read one page of keys at a time, see `keys`, too. To read
+        values one after the other, without a dict of all values, use `items`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -221,7 +221,7 @@ class Reads(Ranges):
         within = self._range(prefix, after, limit, reverse=reverse)
         if self._core.state.is_index_behind:
             await bring_up_to_date(self._core)
-        # It is not known how many of the first keys are left out.
+        # Some of the first `limit` keys may be left out, so the range has no limit then.
         whole = within._replace(limit=None) if is_skipping else within
         pieces = take_pieces(self._core.state, whole)
         if pieces is not None:
@@ -273,8 +273,8 @@ class Reads(Ranges):
     async def check(self, prefix: str = "", *, type: Any, limit: int = 100) -> list[Misfit]:
         """Return the values that are not of a type, in order of their keys, all of one moment.
 
-        Use it before a change of a type, or after a `TypeMismatchError`. No value is in the result. The call works in steps of about a
-        millisecond, and the event loop runs between two steps. The first call that needs an order sorts all keys; see `keys`.
+        Use it before you change a type, or after a `TypeMismatchError`. The result has keys and reasons, but no value. The call works
+        in steps of about a millisecond, and the event loop runs between two steps. It may have to sort all keys first; see `keys`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -317,10 +317,11 @@ class Reads(Ranges):
         The cost depends on the number of keys that are returned, not on the number of all keys. With 1,000 keys or
         more, the call works in steps of some milliseconds, and the event loop runs between two steps.
 
-        The first call that needs an order is an exception: it sorts all keys of the state, in steps. A million keys
-        take one to three seconds. Then the order is kept, in 8 MB of memory for a million keys. Each key that
-        is added or deleted later costs the next call about 10 µs. If more than a quarter of the keys are added or
-        deleted between two of these calls, the order may be dropped, and the second call sorts all keys again.
+        The first call that needs sorted keys is an exception: it sorts all keys of the state, in steps. A million
+        keys take one to three seconds. The manager then keeps the order, in 8 MB of memory for a million keys. Each
+        key that is added or deleted later costs the next call about 10 µs. If more than a quarter of the keys are
+        added or deleted between two of these calls, the manager may drop the order, and the second call sorts all
+        keys again.
 
         A call with a `limit` returns a page. To get the next page, pass the last key of this page as `after`. If
         keys are added or deleted between two calls, no other key is skipped or returned twice.
@@ -370,7 +371,7 @@ class Reads(Ranges):
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
-            InvalidKeyError: No state can have this key.
+            InvalidKeyError: The key is not allowed; see `get`.
         """
         return self.expires_in_nowait(key, default)
 

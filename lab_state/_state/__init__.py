@@ -1,7 +1,7 @@
 """The map in memory: entries, unflushed changes, revisions. Pure and synchronous.
 
 Theory of operation. `entries` maps keys to stored values. A scalar is stored unchanged. Any
-other value is stored as JSON, so no object of a caller is shared. `changes` has the keys that
+other value is stored as JSON, so a caller cannot change it later. `changes` has the keys that
 changed since the last `take`, each with its stored value, `DELETED` or `EXPIRED`. If `cleared`
 is set, all older keys were deleted before these changes. A commit takes the changes, and leaves
 an empty dict in their place (`take`). If the commit fails, the changes are put back (`put_back`).
@@ -15,8 +15,8 @@ not depend on the size of the state. `entries` is used in the same way with and 
 An expired value stays in `entries` until a sweep deletes it. So each read of a value with an expiry
 calls `alive`, and `count`, `names` and `count_in` leave out keys that are due.
 
-The index (`_order`) has the keys in order of code points. The first call that needs an order makes it.
-Each method that adds or removes a key notes the key for the index.
+The index (`_order`) has the keys in order of code points. The first call that needs sorted keys makes the
+index. After that, each method that adds or removes a key notes the key for the index.
 """
 
 from __future__ import annotations
@@ -283,14 +283,14 @@ class State(Ordered):
         return taken
 
     def end_window(self) -> dict[str, StoredOrGone]:
-        """Forget which keys have changed since the last `take`, and return their changes."""
+        """Return the changes since the last `take`, and begin to collect the next ones in an empty dict."""
         index, changes = self.index, self.changes
         if index is not None:
             index.forget_gone(self.entries)
             if index.is_too_old(self.entries):
                 self.free(index.release(), CHUNKS_AT_ONCE)
                 self.index = None
-        self.cleared = False  # first: if `take` is interrupted, `put_back` must not drop `taken` because of a clear
+        self.cleared = False  # reset first: after an interrupt in `take`, `put_back` must not drop the taken changes
         self.changes, self.taken = {}, self.revision
         return changes
 
