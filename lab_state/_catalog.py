@@ -65,7 +65,7 @@ async def remove_state(name: str, storage: Storage, *, history: bool = False) ->
         history: Whether to remove the history, too.
 
     Raises:
-        InvalidNameError: The name is out of bounds.
+        InvalidNameError: The name is not allowed; see `Config.name`.
         TypeError: The name is not a `str`.
         LockedError: A manager has the state open: stop it first, in all processes that share the state.
         UnsupportedError: There is neither a state of this name nor a history of it. Or the storage cannot remove states. Or

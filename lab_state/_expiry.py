@@ -14,7 +14,7 @@ A change of many keys does not change the index in one step. It adds two separat
 the keys with their old expiries, and one has the keys with their new expiries. The counts consider both of
 these indexes. `merge_replaced` moves their keys into the main index in steps.
 
-The time of the state (`State.now`) decides which keys are due, and not the wall clock. If any loaded key
+The time of the state (`State.now`), and not the wall clock, decides which keys are due. If any loaded key
 expires, a start calculates the time of the state from the recorded time (`resumed`). Otherwise it uses the time
 of the wall clock. After the start, the time of the state counts the seconds that pass. So if the wall clock is
 set while the manager runs, no expiry is affected before the next start.
@@ -37,9 +37,9 @@ _LEFT_BEHIND = 4
 def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
     """Return the time of a loaded state, and the seconds by which the wall clock is behind the recorded times.
 
-    The time of the state is `time`, plus the seconds that have passed since the write. These are counted by
-    the wall clock, from the later one of `time` and `wall`. If the wall clock was set back since the write,
-    keys live longer. If it was set forward, keys expire earlier.
+    The time of the state is `time`, plus the seconds that have passed since the write. The wall clock counts these
+    seconds, from the later one of `time` and `wall`. If the wall clock was set back since the write, keys live
+    longer. If it was set forward, keys expire earlier.
 
     Args:
         time: The time of the state at the write, in milliseconds since 1970.
@@ -54,7 +54,9 @@ def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
 
 
 class Bucket(dict[str, int]):
-    """Keys that expire in the same second, with the expiry of each in milliseconds. Some keys may have an earlier expiry.
+    """Keys that expire in the same second, with the expiry of each in milliseconds.
+
+    If a key is added after its second was swept, it goes into a later bucket, with its earlier expiry.
 
     Attributes:
         first: A lower bound of the expiries, in milliseconds.
@@ -287,8 +289,8 @@ class Expiries:
     def take(self, now: int, most: int) -> list[str]:
         """Remove up to `most` keys that are due, and return them.
 
-        Keys whose second is over come first, in order of their seconds, and then those in the heap. Without
-        the heap, a key is found when its second is over.
+        First take the keys whose second has passed, in order of the seconds, and then keys of the heap. Without
+        the heap, a key is found only when its second has passed.
         """
         over = now // 1000 * 1000 - 1
         taken: list[str] = []

@@ -141,7 +141,10 @@ def _effects(
 
 
 def _show(copy: State, change: Callable[[], int | None], revision: int, expired: int) -> None:
-    """Call `change`, which returns `None` if it has changed nothing. Set the revision, count the expired keys, and take the changes."""
+    """Make a change, and note it as a step: set the revision, count the expired keys, and take the changes.
+
+    `change` makes the change. It returns `None` if it has changed nothing.
+    """
     before = copy.revision
     copy.skip_to(revision - 1)
     try:

@@ -52,7 +52,7 @@ async def list_generations(name: str, storage: Storage) -> list[Generation]:
         storage: The storage that contains it: a `FileStorage` or an `S3Storage`.
 
     Raises:
-        InvalidNameError: The name is out of bounds.
+        InvalidNameError: The name is not allowed; see `Config.name`.
         TypeError: The name is not a `str`.
         UnsupportedError: There is no state of this name, and no history of it: check the name and the storage. Or the storage
             keeps no history, as `MemoryStorage` does not. Or a permission is missing.

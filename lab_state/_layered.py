@@ -57,7 +57,7 @@ class Layered(State):
     has_steps = False
     __slots__ = ("base",)
 
-    # These are of the base class, and assigned here as well: see `State`.
+    # Attributes of the base class that are assigned here as well; see `State`.
     entries: dict[str, Stored] | Layer
     changes: dict[str, StoredOrGone]
     expiries: Expiries

@@ -36,7 +36,7 @@ _SHORT = 8 * 1024
 """JSON of fewer bytes is accepted at once if its opening brackets are not more than the allowed levels."""
 
 _FEW = 16
-"""The strings are removed if fewer than one in this many of the quotes and brackets is a quote."""
+"""The strings are removed if there is less than one quote among this many quotes and brackets."""
 
 
 def too_deep(data: bytes) -> bool:

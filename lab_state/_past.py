@@ -173,7 +173,7 @@ async def _load_from(history: History, name: str, found: FoundGeneration, at: At
 async def with_remedy(error: CorruptionError, name: str, storage: Storage) -> CorruptionError:
     """Return the error of a state that cannot be loaded, with the newest good generation and the call that restores it.
 
-    Each generation that is named has been read and decoded. If there is none, return the error as it is.
+    The named generation was read and decoded first, so it is good. If there is none, return the error as it is.
     """
     try:
         history = history_of(storage)

@@ -52,8 +52,9 @@ async def restore_state(
     into=name)` undoes the restore. A state that cannot be loaded can be restored as well. On disk its files are kept in
     `<name>.damaged-<time>/` until a person deletes them.
 
-    When the call returns, the restored state is durable. If the call raises an error, is cancelled or is killed, the state is
-    the old one or the restored one, and not a mixture. `list_generations` then shows which one. A second call makes one more revision.
+    When the call returns, the restored state is durable. If the call raises an error or is cancelled, or if the process is killed,
+    the state is the old one or the restored one, and not a mixture. `list_generations` then shows which one. A second call makes
+    one more revision.
 
     The state is in memory up to three times during the call. Decoding blocks the event loop, as in `start()`. So call this
     function in a script, or before a service starts.
@@ -69,10 +70,11 @@ async def restore_state(
         The revision of the restored state, and the revision before the restore.
 
     Raises:
-        InvalidNameError: A name is out of bounds.
+        InvalidNameError: A name is not allowed; see `Config.name`.
         TypeError: A name is not a `str`, or `at` is neither an `int` nor a `datetime`.
         ValueError: The moment is outside of the history, in a hole of it, or in the future, or has no time zone. The message names
-            the window, or the moments beside the hole. Or `into` is another state that exists. Nothing was changed.
+            the first and the last moment that can be read, or the moments before and after the hole. Or `into` is another state
+            that exists. Nothing was changed.
         LockedError: A manager runs on the state that would be replaced. Stop it first, in all processes that share the state.
         CorruptionError: The generation that has the moment is damaged. Nothing was changed: restore another moment.
         UnsupportedError: There is no such state, or the storage keeps no history, or a permission is missing, or a newer
@@ -85,7 +87,7 @@ async def restore_state(
     history = history_of(storage)
     if name != target:
         return await _restore_new(name, storage, moment, history, target, clock)
-    await generations(history, name)  # without any file, not even the lock file is created
+    await generations(history, name)  # raises an error if there is no such state, before a lock file is created
     restoring = await history.restoring(name)
     try:
         return await _restore_in_place(name, storage, moment, history, restoring, clock)

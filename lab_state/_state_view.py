@@ -105,7 +105,7 @@ async def read_state(
         A view of the state.
 
     Raises:
-        InvalidNameError: The name is out of bounds.
+        InvalidNameError: The name is not allowed; see `Config.name`.
         UnsupportedError: There is no state of this name: check the name and the storage. Or the
             state cannot be read as it is: a permission is missing, or a newer version of lab_state wrote it.
         CorruptionError: The stored state is damaged. `start()` would refuse it as well. With `at`, the generation that has the
@@ -113,7 +113,8 @@ async def read_state(
         UnavailableError: The state could not be read this time, or a writer replaced parts of it during each of the
             readings: call `read_state` again.
         ValueError: `at` is a `datetime` without a time zone. Or the moment is outside of the history, in a hole of it, or
-            in the future. The message names the window, or the moments beside the hole: pass one of these.
+            in the future. The message names the first and the last moment that can be read, or the moments before and
+            after the hole: pass one of these.
         TypeError: `storage` is not a storage, or has no method `read`. Or the name is not a `str`. Or `at` is neither an `int`
             nor a `datetime`.
     """

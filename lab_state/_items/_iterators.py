@@ -194,7 +194,7 @@ class Iterates(Handle):
         end early, put the iterator into `async with`, which closes it at once.
 
         While the iterator is open, the old values of keys that change stay in memory, and a
-        `set` takes about twice as long. The first call that needs an order sorts all keys; see `keys`.
+        `set` takes about twice as long. The first step may have to sort all keys of the state; see `keys`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.

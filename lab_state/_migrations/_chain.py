@@ -29,7 +29,7 @@ def migrate(draft: StateDraft, name: str, to: int, function: Migrate) -> None:
         function: The migration.
 
     Raises:
-        MigrationError: The migration has raised an exception, or has returned something.
+        MigrationError: The migration has raised an exception, or has not returned `None`.
     """
     core = MigrationCore(name, draft)
     what = f"the migration {name_of(function)} of {name!r} to version {to}"

@@ -171,7 +171,7 @@ class MigrationDraft(Plain):
 
         Raises:
             KeyNotFoundError: `old` is missing.
-            InvalidKeyError: `new` exists already: two keys cannot become one. Or one of the keys is out of bounds.
+            InvalidKeyError: `new` exists already: two keys cannot become one. Or one of the keys is not allowed.
         """
         core, calls = self._core, self._calls
         core.check_open()

@@ -1,6 +1,6 @@
 """The keys of a state in order of code points. Pure and synchronous.
 
-A `State` makes an `Index` when a call needs an order and there is none. Other modules call these methods of the state:
+A `State` makes an `Index` when a call needs sorted keys and there is no index. Other modules call these methods of the state:
 
 - `State.index_steps()` returns an iterator that builds the index, or brings it up to date, in steps of
   a few milliseconds. An asynchronous call runs it first, if `State.is_index_behind` is True, and lets the

@@ -23,7 +23,7 @@ class Ordered(Contents):
 
     __slots__ = ()
 
-    index: Index | None  # of the base class, and assigned here as well: see `State`
+    index: Index | None  # an attribute of the base class that is assigned here as well; see `State`
 
     # Order
 

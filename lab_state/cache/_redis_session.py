@@ -77,7 +77,7 @@ class RedisSession:
         return self._seen
 
     async def fill(self, revision: int, slices: AsyncIterator[Slice], over: Seen) -> bool:
-        """Write the state beside the mirror, and then replace the mirror; see `CacheSession.fill`."""
+        """Write the state to two new keys, and then rename them to the keys of the mirror; see `CacheSession.fill`."""
         keys, there = self._keys, self._keys.fill()
         mark = head(revision, self._writer, new_fill())
         # The marks are written only with the first slice. If they are missing at the end, Redis has dropped the keys meanwhile.

@@ -174,7 +174,7 @@ class Client:
             await self._reconnect()
 
     async def _reconnect(self) -> None:
-        """Connect to the next owner. Its welcome makes the open call unsent."""
+        """Connect to the next owner. After its welcome, the open call counts as not sent, and is sent again."""
         assert self._connection is not None
         self._connection.link.close()
         end = self._clock.monotonic() + PATIENCE

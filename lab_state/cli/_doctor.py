@@ -33,9 +33,9 @@ class Line(NamedTuple):
     """A line of the report.
 
     Attributes:
-        subject: What was looked at.
-        is_good: Whether it is as it should be.
-        text: What was found, and what to do.
+        subject: The name of the check, such as `socket`.
+        is_good: Whether the check found no fault.
+        text: The result of the check, and the remedy for a fault.
     """
 
     subject: str
@@ -173,7 +173,7 @@ def _free(directory: str) -> int:
 
 
 def _leftovers(directory: str, name: str) -> Iterator[Line]:
-    """Yield the files beside a state that a person may want to look at."""
+    """Yield a line for each file that a fault or a repair has left beside the state."""
     for entry in sorted(os.listdir(directory)):
         if not entry.startswith(f"{name}."):
             continue

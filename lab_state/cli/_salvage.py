@@ -1,7 +1,7 @@
 """Decide what can be saved of the damaged files of a state, and what is lost. Pure.
 
-Rules: A change is kept only with all changes before it, so the result is a moment of the state, except where a value in the
-snapshot itself is damaged. Each thing that is lost is listed: bytes, revisions, and keys.
+A change is kept only with all changes before it. So the result is a moment of the state, unless a value in the snapshot itself is
+damaged. All losses are listed: bytes, revisions and keys.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Salvaged(NamedTuple):
 
     Attributes:
         state: The state.
-        lost: A sentence for each thing that is lost, or may be wrong.
+        lost: A sentence about each loss, and about each part that may be wrong.
         highest: The highest revision in any record or snapshot. The repaired state must have a higher one.
     """
 
@@ -61,7 +61,7 @@ def salvage(snapshot: bytes | None, data: bytes | None, name: str) -> Salvaged:
 
 
 def _frames(data: bytes, name: str, lost: list[str]) -> tuple[str, list[FoundFrame]]:
-    """Return the base of a journal, and its valid frames. List the bytes that are none."""
+    """Return the base of a journal, and its valid frames. Add the bytes between the frames and after them to `lost`."""
     try:
         header = journal.read_header(data, name, "the journal")
     except CorruptionError as error:
@@ -130,7 +130,7 @@ def _snapshot(data: bytes, what: str, lost: list[str]) -> LoadedState:
 
 
 def _meta(member: Stored | None) -> Meta:
-    """Return the reserved member, or one that says nothing if it is damaged."""
+    """Return the reserved member. If it is missing or damaged, return one with revision 0 and without expiry times."""
     try:
         return msgspec.json.decode(bytes(member) if isinstance(member, Raw) else b"", type=Meta)
     except NOT_JSON:

@@ -27,7 +27,7 @@ class Counts(NamedTuple):
         prefixes: For each prefix the number of its keys, and their size. A prefix is the part up to the first `/`; empty
             for a key without one.
         largest: The largest keys, with their sizes.
-        percentiles: The size below or at which this part of the keys is, for each of `PERCENTS`.
+        percentiles: For each of `PERCENTS`: the size that this percentage of the keys does not exceed.
         expiring: The number of keys that expire.
         within: The number of keys that expire within a minute, an hour and a day.
         next: The first expiry, in milliseconds since 1970; `None` if no key expires.

@@ -1,4 +1,4 @@
-"""The subcommands `watch` and `tail`: the changes of a state, as they come, or as the journal has them."""
+"""The subcommands `watch` and `tail`. `watch` prints new changes of a state, and `tail` the changes that the journal has."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Printer:
 
 
 async def watch(output: Output, state: Target, prefix: str, *, nl: bool) -> None:
-    """Print changes as they come, until the command is interrupted."""
+    """Print new changes, until the command is interrupted."""
     storage, printer = storage_at(state.place), _Printer(output, prefix, nl=nl)
     last = None
     if isinstance(storage, FileStorage):
@@ -107,7 +107,7 @@ async def _poll(storage: Storage, state: Target, printer: _Printer, last: int | 
     seen = _fingerprint(storage, state)
     now = (await load(state.name, storage)).state
     if last is not None:
-        # Not before the state was read: a change in between would be in neither of them.
+        # Call this after the state was read. Otherwise neither of the two readings would have a change between them.
         await _fill(storage, state.name, printer, last, now.revision)
     else:
         printer.note(f"watching {state} by its files, from revision {now.revision}")

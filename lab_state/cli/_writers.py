@@ -38,7 +38,7 @@ class Writer(Protocol):
         """Store a value, and return the revision. With `since`, do it only if the key has not changed after this revision.
 
         Raises:
-            ConflictError: The key was changed, or it cannot be told whether it was. Nothing was written.
+            ConflictError: The key was changed, or the records do not show whether it was. Nothing was written.
         """
         ...
 

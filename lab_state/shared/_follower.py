@@ -150,7 +150,7 @@ class Follower:
 
     @property
     def acknowledgement(self) -> int:
-        """The number up to which the client needs no more answers. It needs none to the call with this number either."""
+        """The highest number such that the client needs no answer to this call and to all calls before it."""
         return self._port.acknowledgement
 
     def calls_to_send(self) -> Iterable[bytes | memoryview]:
@@ -160,9 +160,9 @@ class Follower:
     def starting(self, starting: Starting) -> None:
         """Note that the owner is still loading its state.
 
-        Store the time of this message as the last time at which the owner was heard. If an owner may have forgotten this
-        client since the stored time, keep the stored time. From it, the owner decides whether it knows this client, after it
-        has loaded the state. The hello has sent this time.
+        Store the time of this message as the last sign of life of an owner. But if an owner may have forgotten this client
+        since the stored time, keep the stored time. The hello has sent it, and the owner uses it after the load to decide
+        whether it still knows this client.
         """
         self.owner_pid = starting.pid
         heard, calls = self.link.heard, self._port.calls

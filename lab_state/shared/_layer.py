@@ -117,7 +117,7 @@ class OwnerLayer(Layered):
             self.on_applied(None if cleared else changes.keys(), self.revision + 1)
 
     def candidates(self, prefix: str) -> Iterator[list[str]]:
-        """Yield keys with a prefix, in parts. Each key that exists now is among them. Some keys come twice, and some do not exist."""
+        """Yield keys with a prefix, in parts. Each key that exists now is among them. Some are yielded twice, and some do not exist."""
         mine = [*self.changes, *self._middle.changes]
         pieces = self.copy.pieces(*bounds(prefix))
         for part in in_parts(mine):

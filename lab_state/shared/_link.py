@@ -42,7 +42,7 @@ class ClientSide(Protocol):
 
     @property
     def acknowledgement(self) -> int:
-        """The number up to which the client needs no more answers. It needs none to the call with this number either."""
+        """The highest number such that the client needs no answer to this call and to all calls before it."""
         ...
 
     def calls_to_send(self) -> Iterable[bytes | memoryview]:

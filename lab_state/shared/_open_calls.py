@@ -1,8 +1,9 @@
 """The calls of a client that have no answer yet. An open call has a number; the other calls wait for a number. Pure.
 
-A call gets the next number when the window has room for it, in the order of `submit`. It keeps this
-number when it is sent again. Each call, each sign of life and the farewell have the acknowledgement. The
-acknowledgement is one less than the lowest open number, so it never covers a call that may be sent again.
+Calls get their numbers in the order of `submit`. A call waits while its number would be more than `SPAN`
+above the acknowledgement, or while the open calls have too many bytes: the window has no room for it. A call
+keeps its number when it is sent again. Each call, each sign of life and the farewell have the acknowledgement.
+The acknowledgement is one less than the lowest open number, so it never covers a call that may be sent again.
 
 A call may have a check. The revision `since` of the check comes from the copy or from a refusal. A refusal
 may show changes that are not durable, and that are lost if the owner ends. So a check with the revision of a
@@ -91,7 +92,7 @@ class OpenCalls(Generic[C]):
 
     @property
     def acknowledgement(self) -> int:
-        """The number up to which the client needs no more answers. It needs none to the call with this number either."""
+        """The highest number such that the client needs no answer to this call and to all calls before it."""
         return next(iter(self._open)) - 1 if self._open else self._last
 
     def submit(self, call: C, size: int, since: int | None = None, refused_on: int | None = None) -> OpenCall[C]:

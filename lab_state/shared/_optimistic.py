@@ -203,7 +203,7 @@ class OptimisticCore(DraftCore):
 
     @property
     def seed(self) -> Refusal | None:
-        """See `refusal`."""
+        """The refusal whose values the next attempt begins with; `None` if there is none."""
         return self.refusal
 
     @property

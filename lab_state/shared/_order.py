@@ -86,7 +86,7 @@ class OwnerOrder:
     """The order of an owner's messages, which a client checks.
 
     Attributes:
-        admitted: Whether a welcome has come.
+        admitted: Whether the owner has sent a `Welcome`.
     """
 
     def __init__(self) -> None:

@@ -170,7 +170,7 @@ class Owner:
         await self._claim.release()
 
     def watched(self) -> None:
-        """Start or stop to delete keys exactly at their expiry. This is done while this process or a follower has a watch."""
+        """Tell the sweeper whether this process or a follower has a watch. While one has, keys are deleted exactly at their expiry."""
         is_watched = bool(self._copy.watchers) or self.server.is_watched
         assert self._sweeper is not None  # `own` has created it
         if is_watched is not self._is_watched and not self._is_ending:

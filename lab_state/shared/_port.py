@@ -289,7 +289,7 @@ class SharedPort(DataCalls):
 
     @property
     def acknowledgement(self) -> int:
-        """The number up to which the client needs no more answers. It needs none to the call with this number either."""
+        """The highest number such that the client needs no answer to this call and to all calls before it."""
         return self.calls.acknowledgement
 
     def follow(self, send_soon: Callable[[], object], ask: Callable[[int], object]) -> None:

@@ -151,7 +151,10 @@ def _make(path: str) -> None:
 
 
 def make_new(start: str, number: int) -> str:
-    """Create a directory that only this user can enter, and return its path: `start`, and the first free number from this one on."""
+    """Create a directory that only this user can enter, and return its path.
+
+    The path is `start`, followed by `number`, or by the next number for which no file exists.
+    """
     while os.path.lexists(path := f"{start}{number}"):
         number += 1
     with translated("making the directory", path):

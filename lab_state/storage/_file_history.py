@@ -41,7 +41,7 @@ _FIRST_READ = 4096
 _GROWTH = 16
 
 _MOST_LISTS = 5
-"""The number of lists in a row during which the writer may go on."""
+"""The largest number of attempts to list the generations. An attempt is repeated if the writer made a checkpoint meanwhile."""
 
 
 class FileKey(NamedTuple):
@@ -72,7 +72,7 @@ def list_generations(given_up: threading.Event, directory: str, name: str) -> li
             found = [*(one for one in found if one not in same), in_use._replace(span=reached.span)]
         if reached is in_use:
             break
-        # The writer went on after the look at the files in use. So there may be later generations in the history by now.
+        # The writer has made a checkpoint since the files in use were read. So the history may have later generations by now.
     if missing is not None and not found:
         raise missing
     return found

@@ -86,7 +86,7 @@ def load_writer(
     whole: bool = True,
     keeping: Keeping | None = None,
 ) -> tuple[Writer, Recovery]:
-    """Do the rest of `open_writer` under the lock. If this fails, release the lock.
+    """Read the files of a locked state, and decide which snapshot and records to load. If this fails, release the lock.
 
     Without `whole`, the snapshot is left out if its last bytes show that the journal follows it; see `FileSession.whole`.
     """
@@ -184,9 +184,10 @@ def _warn_if_stripped(path: str, snapshot: bytes) -> None:
 def _continue(writer: Writer, found: Scan, accepted: Accepted) -> None:
     """Decide how the first commit continues the journal that was found. Without a journal, it writes a new one.
 
-    Records that may not be durable are copied if the journal was begun after the snapshot of its base was durable.
-    The name of a snapshot that a checkpoint frame names may not be durable. If there are more bytes of records than twice
-    the bound for a checkpoint, the whole state is written: that takes less time.
+    After an unclean end, the records may not be durable. The first commit copies them to a new journal if they follow the
+    snapshot in the header: that snapshot was durable before the journal was begun. If only a checkpoint frame names the
+    snapshot, its rename may not be durable, so the first commit writes the whole state. It also does so if there are more
+    bytes of records than twice the bound for a checkpoint, because that takes less time.
     """
     if accepted.unclean:
         if found.header.base == writer.base and found.end <= 2 * writer.checkpoint_bytes:

@@ -426,7 +426,7 @@ def _sync_data(fd: int) -> None:
 
 
 def sync_names(path: str) -> None:
-    """Do the same as `sync_directory`, but raise an `OSError`: EOPNOTSUPP if the file system cannot sync directories."""
+    """Make the names in a directory durable. Raise an `OSError`; EOPNOTSUPP if the file system cannot sync directories."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

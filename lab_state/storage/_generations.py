@@ -41,7 +41,7 @@ _MEMBER = b'"$lab_state":'
 
 
 class HistoryFile(NamedTuple):
-    """A file of the history, as its name tells it.
+    """A file of the history. Its name contains all of these attributes.
 
     Attributes:
         first: The revision of the state at the start of the file.
@@ -243,7 +243,7 @@ class Span(NamedTuple):
     last: Moment
 
     def has_begun(self, wall: int) -> bool:
-        """Return whether a moment of the generation is not after this time, as far as its first and its last moment show."""
+        """Return whether the first or the last moment of the generation is at or before this time."""
         return min(self.first.wall, self.last.wall) <= wall
 
 

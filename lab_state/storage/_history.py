@@ -98,7 +98,7 @@ class History(Protocol):
     async def generations(self, name: str) -> list[FoundGeneration]:
         """Return the generations that can be read, the oldest first. The one in use is the last.
 
-        The call takes no lock, and works beside a writer. It reads the ends of files, and not all of each generation. If the
+        The call takes no lock, and works while a writer has the state open. It reads only the ends of files. If the
         state in use is damaged, the list has only the others, and may be empty.
 
         Raises:

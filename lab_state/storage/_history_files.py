@@ -1,6 +1,6 @@
 """The files of a history on disk: which files of a state belong into it, and the links. The calls block.
 
-A link is never made in the other direction: an edit of one file would change both. A restore copies.
+A file of the history is never linked into the place of a state, because an edit of one would change both. A restore copies it.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class KeptHistory:
             self._is_settled = self._keep(base, known)
 
     def keep_rest(self, base: str, known: lookup.Fingerprint | None) -> None:
-        """Do the same as `keep_early` before a checkpoint replaces the files, unless it is done.
+        """Link the files right before a checkpoint replaces them, if `keep_early` has not linked them.
 
         This is rare: the journal had no records at the time of `keep_early`, or a commit has replaced it. The worker for commits
         calls this.

@@ -13,7 +13,7 @@ from lab_state.storage._limits import Held, Limits, to_prune
 
 
 class InUse(NamedTuple):
-    """The journal of the state, as its header tells it.
+    """The journal of the state, as its header describes it.
 
     Attributes:
         base: The snapshot that it follows.
@@ -39,7 +39,7 @@ class Deletions(NamedTuple):
 
 
 def _replaced(sizes: Mapping[HistoryFile, int], in_use: InUse) -> list[StoredGeneration]:
-    """Return the generations of a history without the one in use, the oldest first. It has links to files in use after a crash."""
+    """Return the generations of a history without the one in use, the oldest first. A crash may have left links to files in use."""
     return sorted((one for one in grouped(sizes).generations if not _is_in_use(one, in_use)), key=_age)
 
 

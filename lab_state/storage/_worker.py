@@ -96,7 +96,7 @@ class Threads:
                 return
             if self._free <= 0 and self._count < _MOST:
                 self._start()
-            # This comes before `put`, because the thread that gets the worker reads `todo` at once.
+            # Add the call before `put`, because the thread that gets the worker reads `todo` at once.
             worker.todo.append(work)
             worker.is_queued = True
             self._free -= 1

@@ -21,8 +21,8 @@ def check_migrations(schema: Schema, directory: str | os.PathLike[str]) -> None:
 
     The directory has one file for each version: `v1.json`, `v2.json`, and so on. Each has the same state, as code of that version has
     stored it: a plain JSON object of keys and values, or the `.json` of a state after a clean stop. When you add a version, add
-    one file. The file of the newest version says what all migrations together must result in. Expiry times are
-    compared as well, and each value is checked against the types of the schema.
+    one file. The file of the newest version has the expected result of all migrations. Expiry times are compared as well,
+    and each value is checked against the types of the schema.
 
     The call reads files, and runs the migrations. It needs no event loop, and blocks one.
 

@@ -2,7 +2,8 @@
 
 A state that was removed and keeps its history leaves an object in the place of its snapshot: an empty state with the mark
 `REMOVED` in its metadata. It covers all records. So the numbers go on when a state of this name is made again, and the
-history stays in order. A state without a history leaves nothing. The records are deleted in order, so the rest begins with a gap.
+history stays in order. A state without a history leaves nothing. Its records are deleted in order. So if the call is interrupted,
+the remaining records begin with a gap, and a start refuses them.
 """
 
 from __future__ import annotations
@@ -105,4 +106,4 @@ async def remove_state(store: Requests, names: Names, *, history: bool, keeps: b
 
 
 def _nothing() -> None:
-    """Do nothing at the end of a session, because its connections are used further."""
+    """Do nothing at the end of a session, because its connections are still in use."""

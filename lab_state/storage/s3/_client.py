@@ -122,7 +122,7 @@ class Requests:
             if self._turn[0] is not loop:
                 self._turn = loop, asyncio.Lock()
             async with self._turn[1]:
-                # It is tested that another task has connected meanwhile, but coverage does not see the jump out of the block.
+                # Another task may have connected meanwhile. A test covers this case, but coverage does not see the jump.
                 if self._loop is not loop:  # pragma: no branch
                     self._connected = await self._connecting()
                     self._loop = loop

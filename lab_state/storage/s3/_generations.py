@@ -6,8 +6,8 @@
 4. HEAD the snapshot in use. If it was replaced meanwhile, begin again.
 
 A generation has the records from its snapshot to the next one. If all of these are there, it reaches the first moment of the
-next one. If a number is missing, it ends before the gap. A snapshot that could not be copied is not missed, because the records
-go on. A snapshot that is pruned between two of these steps is left out.
+next one. If a number is missing, it ends before the gap. A snapshot that could not be copied leaves no gap, because the records
+of the generation before it continue. A snapshot that is pruned between two of these steps is left out.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ A generation is a snapshot with the records after it, up to the next snapshot. B
 snapshot is copied under a separate key. The records keep their keys. If the copy fails, no record is missing: the records
 after the missing snapshot belong to the generation before it.
 
-Not each snapshot is copied. The records lead to it from the one before. So a session copies the snapshot that it has found, and later
-one of its own when the records since the last copy have more bytes than the snapshot, or are many.
+A session does not copy each snapshot, because the records after the last copy lead to it. It copies the snapshot that it has
+found at its start. Later it copies one of its own when there are many records since the last copy, or when they have more
+bytes than the snapshot.
 
 The store makes the copy, on the condition that the snapshot still has its ETag. Without this condition, a request that arrives
 late would replace a copy by another snapshot. Before the first copy, a test shows whether the store honours the condition. If
@@ -84,7 +85,7 @@ class Keeper:
             )
 
     def _goes_on(self, seq: int, size: int) -> bool:
-        """Return whether the generation that this session has begun goes on beyond a snapshot of its own."""
+        """Return whether this snapshot need not be copied, because there are few records since the last copy of this session."""
         if self._last is None or self._counted < seq:
             return False
         older, copied = self._last

@@ -181,7 +181,7 @@ class S3Restoring:
             raise UnavailableError(f"{self.path} was replaced while it was removed; remove it again")
         stamp = Stamp(self._fence, self._fence)
         write_id = new_write_id()
-        # The id makes the bytes unique. So the ETag of this object does not come back.
+        # The id makes the bytes unique. So no other object has the ETag of this one.
         member = b'{"$lab_state":{"format":1,"revision":0,"id":"%s"' % write_id[:16].encode()
         body = stamped(b'%s,"crc32":"%08x"}}' % (member, zlib.crc32(member)), stamp)
         metadata = {WRITE_ID: write_id, **stamp.metadata(), KEPT: str(self._fence), REMOVED: "1"}
