@@ -455,7 +455,7 @@ def check_followed(found: Scan | None, snapshot_base: str, path: str, *, is_foll
         raise CorruptionError(
             path,
             0,
-            "this journal is missing or follows another snapshot. A running manager wrote the snapshot beside it, and later changes "
-            "to a journal: put that journal back, or restore a snapshot that backup() or a clean stop has written. To open this "
+            "this journal is missing or follows another snapshot. A running manager wrote the snapshot beside it, and wrote later "
+            "changes to a journal: put that journal back, or restore a snapshot that backup() or a clean stop has written. To open this "
             'snapshot without the later changes, delete `,"crc32":"…"` at its end',
         )

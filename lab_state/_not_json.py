@@ -27,7 +27,7 @@ def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
     if not data.strip():
         return (
             0,
-            "it has no JSON, and the file of a state always has an object; restore a copy, or delete it and the journal beside it to start with an empty state",
+            "it has no JSON, but a state is always one JSON object; restore a copy, or delete it and the journal beside it to start with an empty state",
         )
     if data.lstrip()[:1] != b"{":
         return 0, "it is not a JSON object; a state is one object, with a member for each key; restore a copy"

@@ -525,11 +525,11 @@ def test_a_newer_format_is_refused() -> None:
     [
         (
             b"",
-            "it has no JSON, and the file of a state always has an object; restore a copy, or delete it and the journal beside it to start with an empty state",
+            "it has no JSON, but a state is always one JSON object; restore a copy, or delete it and the journal beside it to start with an empty state",
         ),
         (
             b" \n\t",
-            "it has no JSON, and the file of a state always has an object; restore a copy, or delete it and the journal beside it to start with an empty state",
+            "it has no JSON, but a state is always one JSON object; restore a copy, or delete it and the journal beside it to start with an empty state",
         ),
         (b"[]", "it is not a JSON object; a state is one object, with a member for each key; restore a copy"),
         (b'"a"', "it is not a JSON object; a state is one object, with a member for each key; restore a copy"),

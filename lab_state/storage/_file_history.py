@@ -115,7 +115,7 @@ def read_generation(given_up: threading.Event, directory: str, name: str, genera
         raise CorruptionError(
             os.path.join(paths.history, key.snapshot),
             0,
-            "its bytes are not those that its name tells; use another generation",
+            "its contents do not match its name; use another generation",
         )
     path = os.path.join(paths.history, key.journal or key.snapshot or "")
     accepted, error, _, _ = judge(data, base, name, path)

@@ -262,7 +262,7 @@ async def test_a_snapshot_that_was_changed(tmp_path: Path, clock: ManualClock, c
     """Its name tells its bytes, so each read of the generation names the damaged file. Other generations are not affected."""
     await make_history(tmp_path, clock)
     change(path := part(tmp_path, journal=False))
-    with pytest.raises(CorruptionError, match="not those that its name tells") as raised:
+    with pytest.raises(CorruptionError, match="contents do not match its name") as raised:
         await get(tmp_path, clock, 6)
     assert raised.value.path == str(path)
     assert (await get(tmp_path, clock, 3))[0] == 3
