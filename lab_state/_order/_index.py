@@ -131,7 +131,9 @@ class Index:
         """
         if self._waiting:
             self.merge_some(len(self._waiting))
-        self._touched, self._waiting = (self._touched, keys) if len(keys) < len(self._touched) else (keys, self._touched)
+        self._touched, self._waiting = (
+            (self._touched, keys) if len(keys) < len(self._touched) else (keys, self._touched)
+        )
 
     def merge_some(self, most: int) -> bool:
         """Merge at most `most` of the keys of the last `take_over`. Return whether there are more."""
