@@ -1,4 +1,4 @@
-"""A state with a history beside the same state without one: `set`, durable writes, and checkpoints. They take turns."""
+"""A state with a history beside the same state without one: `set`, durable writes, and checkpoints. A backup beside a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import gc
 import statistics
 from datetime import timedelta
+from pathlib import Path
 
-from measure import KEYS, VALUE, VALUES, Results, Scale, compare, flusher_of, key_of, percentile, timed, together
+from measure import KEYS, VALUE, VALUES, Results, Scale, compare, flusher_of, key_of, percentile, stall, timed, together
 
 from lab_state import Config, FileStorage, Manager
 
@@ -30,6 +31,7 @@ async def history(results: Results, directory: str, scale: Scale) -> None:
         await _writes(results, kept, without, scale.rounds * 3)
         await _tails(results, kept, without, scale.rounds)
         await _checkpoints(results, kept, without, scale.rounds)
+        await _backups(results, without, directory, scale.rounds)
         status = kept.status()
         assert status.history_failures == 0
         print(f"{status.history_generations} generations of {(status.history_bytes or 0) / 1e6:.0f} MB")
@@ -95,3 +97,27 @@ async def _checkpoints(results: Results, kept: Manager, without: Manager, rounds
     mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     shown = f"{ratio:.3f} ({mine * 1e3:.0f} / {theirs * 1e3:.0f} ms)"
     results.add("a checkpoint with a history / without", shown, "<= 1.05", met=ratio <= 1.05)
+
+
+async def _backups(results: Results, state: Manager, directory: str, rounds: int) -> None:
+    """Measure a backup of the running state beside a checkpoint of it, and the longest gap of the event loop during a backup."""
+    target = Path(directory, "backup.json")
+
+    async def backup() -> float:
+        taken = await timed(lambda: state.backup(target))
+        target.unlink()
+        return taken
+
+    async def checkpoint() -> float:
+        await state.set(KEYS[0], next(VALUES))
+        return await timed(lambda: flusher_of(state).checkpoints.write(wait=True))
+
+    pairs = [(await backup(), await checkpoint()) for _ in range(rounds * 3)]
+    ratio = statistics.median(mine / theirs for mine, theirs in pairs)
+    mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    shown = f"{ratio:.2f} ({mine * 1e3:.0f} / {theirs * 1e3:.0f} ms)"
+    results.add("a backup / a checkpoint", shown, "<= 1.5", met=ratio <= 1.5)
+    longest = await stall(backup())
+    results.add(
+        "... and the longest stall of the event loop", f"{longest * 1e3:.1f} ms", "<= 5 ms", met=longest <= 0.005
+    )
