@@ -202,16 +202,25 @@ def draw(run: Numbers, parts: Iterable[str]) -> None:
         raise SystemExit(f"not measured: {', '.join(sorted(missing))}; the page is of all parts, or it says half")
     page = PAGE.read_text()
     for name, text in drawn(run).items():
-        place = _place(page, name)
-        page = f"{page[: place.end(1)]}\n{text}\n{page[place.start(2) :]}"
+        page = _with_table(page, name, text)
     PAGE.write_text(page)
     plots.draw()
 
 
+_OF_ONE_PART = ("growth", "scan")
+"""Tables that have all figures of one part."""
+
+
 def add_rows(run: Numbers) -> None:
-    """Put the rows of some parts into the table of checks: in place of the rows for the same work, or at the end."""
-    page = PAGE.read_text()
-    PAGE.write_text(with_rows(page, checks(run).splitlines()[2:]))
+    """Put the rows of some parts into the table of checks, in place of the rows for the same work, or at the end.
+
+    A table that belongs to one of these parts alone is replaced.
+    """
+    page = with_rows(PAGE.read_text(), checks(run).splitlines()[2:])
+    for name, text in drawn(run).items():
+        if name in _OF_ONE_PART:
+            page = _with_table(page, name, text)
+    PAGE.write_text(page)
 
 
 def with_rows(page: str, rows: Iterable[str]) -> str:
@@ -224,8 +233,13 @@ def with_rows(page: str, rows: Iterable[str]) -> str:
             lines.append(row)
         else:
             lines[number] = row
-    table = "\n".join(lines)
-    return f"{page[: place.end(1)]}\n{table}\n\n{page[place.start(2) :]}"
+    return _with_table(page, "checks", "\n".join(lines) + "\n")
+
+
+def _with_table(page: str, name: str, text: str) -> str:
+    """Return the page with a new text of a table."""
+    place = _place(page, name)
+    return f"{page[: place.end(1)]}\n{text}\n{page[place.start(2) :]}"
 
 
 def _work(row: str) -> str:
