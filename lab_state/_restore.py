@@ -107,7 +107,7 @@ async def _restore_new(  # noqa: PLR0917 -- all are needed, and each means somet
     return Restored(found.revision, None)
 
 
-async def _restore_in_place(  # noqa: PLR0917 -- as above
+async def _restore_in_place(  # noqa: PLR0917 -- all are needed, and each means something else
     name: str, storage: Storage, at: At, history: History, restoring: Restoring, clock: Clock
 ) -> Restored:
     found = (await load_at(name, storage, at, clock.time())).state

@@ -59,7 +59,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
             hole, and the log has the reason. 0 without a history.
         history_generations: The number of generations in the history, without the one in use; `None` if the storage keeps no
             history. It is counted at the start and after each checkpoint.
-        history_bytes: The number of bytes of these generations; `None` as above.
+        history_bytes: The number of bytes of these generations; `None` if the storage keeps no history.
         storage_warning: A fault of the storage that does not make any call fail, and the
             remedy for the operator; `None` if there is no such fault.
         fenced: Whether the manager has learned that a newer writer owns the state. Then nothing more

@@ -187,7 +187,7 @@ class Transaction(Plain):
         full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `Transaction` is the only user of these calls
         changes = core.changes
         if full not in changes and full not in core.known:
-            self._calls._before_first_change(full)  # noqa: SLF001 -- likewise
+            self._calls._before_first_change(full)  # noqa: SLF001 -- `Transaction` is the only user of these calls
         changes[full] = stored
 
     def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> None:
@@ -196,7 +196,7 @@ class Transaction(Plain):
 
     def namespace(self, name: str) -> Transaction:
         """Return a handle of this transaction for the keys that start with `name` and a slash; see `Manager.namespace`."""
-        return Transaction(self._core, self._calls._nested(name))  # noqa: SLF001 -- likewise
+        return Transaction(self._core, self._calls._nested(name))  # noqa: SLF001 -- `Transaction` is the only user of these calls
 
     def __repr__(self) -> str:
         """Return the prefix, the name of the state, and whether the transaction is open."""

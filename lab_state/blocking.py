@@ -83,7 +83,7 @@ class Blocking(Plain):
         The handle can be made on any thread, before `start()` too.
         """
         calls = self._calls
-        return Blocking(Calls(calls._core, calls._nested(name)))  # noqa: SLF001 -- as above
+        return Blocking(Calls(calls._core, calls._nested(name)))  # noqa: SLF001 -- `Blocking` and its `Calls` belong together
 
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
         """Run a coroutine on the event loop of the manager, and return its result. For the two additional errors, see `Blocking`."""
@@ -115,7 +115,7 @@ class Blocking(Plain):
             RuntimeError: The caller runs on that event loop.
             ClosedError: The manager or its event loop does not run.
         """
-        core = self._calls._core  # noqa: SLF001 -- as above
+        core = self._calls._core  # noqa: SLF001 -- `Blocking` and its `Calls` belong together
         loop = core.durability.loop
         if running_loop() is loop:
             raise RuntimeError(

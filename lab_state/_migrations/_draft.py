@@ -87,7 +87,7 @@ class MigrationCore(CallCore):
     def end(self) -> None:
         """Refuse later calls. A second call does nothing."""
         self.state.close_views()
-        self.state = StateDraft(State())  # pyright: ignore[reportIncompatibleVariableOverride] -- as above
+        self.state = StateDraft(State())  # pyright: ignore[reportIncompatibleVariableOverride] -- it is always a `StateDraft`
         self._is_over = True
         self.changes, self.beneath = {}, {}
 
@@ -149,7 +149,7 @@ class MigrationDraft(Plain):
             core.check_open()
             check_key(full)
         if core.is_timed or not state._only_values:  # noqa: SLF001 -- a property would take longer
-            at = self._calls._expiry(key) if state.has(full) else None  # noqa: SLF001 -- as above
+            at = self._calls._expiry(key) if state.has(full) else None  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
             if at is not None:
                 state.set(full, Expiring(stored, at))
                 return
@@ -175,7 +175,7 @@ class MigrationDraft(Plain):
         """
         core, calls = self._core, self._calls
         core.check_open()
-        source, target = (check_key(calls._full(key)) for key in (old, new))  # noqa: SLF001 -- as above
+        source, target = (check_key(calls._full(key)) for key in (old, new))  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
         state = core.state
         if not state.has(source):
             raise KeyNotFoundError(old)
@@ -189,7 +189,7 @@ class MigrationDraft(Plain):
 
     def namespace(self, name: str) -> MigrationDraft:
         """Return a handle of this draft for the keys that begin with `name` and a slash; see `Manager.namespace`."""
-        return MigrationDraft(self._core, self._calls._nested(name))  # noqa: SLF001 -- as above
+        return MigrationDraft(self._core, self._calls._nested(name))  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
 
     def __repr__(self) -> str:
         """Return the prefix, and the name of the state."""

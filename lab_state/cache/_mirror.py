@@ -3,8 +3,8 @@
 The flusher reports each commit to `MirrorWriter.committed`. The task sends the changes to the
 cache, one step at a time. Commits that come meanwhile are merged into the next step. If a mirror
 has another writer or an unexpected revision, it is filled: the whole state replaces it. A fill
-sends a view of the state. The cache shows the fill when the slices end. The slices end only when the
-whole view is durable. So readers never see a change that a crash could undo.
+sends a view of the state in slices. Readers see the fill when the slices end, and the slices end only
+when the whole view is durable. So readers never see a change that a crash could undo.
 
 No caller except `stop()` waits for this task. An error here does not affect the manager. The first error of a
 series is logged, and `status()` shows the last error. The task tries again after growing pauses. No exception
@@ -17,8 +17,8 @@ state counts the seconds that pass.
 
 A fill holds a view of the state, and no checkpoint can begin meanwhile. So a checkpoint that is due
 cancels the fill. The fill begins again after the checkpoint. It then has time until the next
-checkpoint is due. With `FileStorage`, this is when the journal has grown to the size of the snapshot. A
-cache that needs more time for a fill would also be too slow for the steps.
+checkpoint is due. With `FileStorage`, this is when the journal is larger than the snapshot, and than
+4 MiB. A cache that needs more time for a fill would also be too slow for the steps.
 
 The mirror of another writer may be from an earlier start of this state, or from a newer owner
 of the state. A commit shows which case it is: if the commit succeeds, the state has no newer
@@ -55,7 +55,7 @@ _FIRST_SPOILT, _LONGEST_SPOILT = 1.0, 300.0
 """The first and the longest pause between two fills, in seconds, while another client writes to the mirror repeatedly."""
 
 _CALM_SECONDS = 60.0
-"""Seconds. After a pause and this time without a write of another client, the pauses begin again: the next such write is logged, and a fill
+"""If no other client writes for this many seconds after a pause, the pauses are reset: the next such write is logged, and a fill
 follows at once."""
 
 _MOST_DRIFT_MILLISECONDS = 500
@@ -200,7 +200,7 @@ class MirrorWriter:
             self._backlog.overflow()
 
     async def _attempt(self) -> bool:
-        """Call `_act`. If that fails, note the error and start a pause. Return whether there is more to do now."""
+        """Bring the mirror forward; see `_act`. If that fails, note the error and start a pause. Return whether there is more to do now."""
         try:
             await self._act()
         except StorageError as error:

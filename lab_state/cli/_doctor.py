@@ -74,7 +74,7 @@ async def doctor(output: Output, state: Target, *, json: bool) -> None:
 async def _of_a_bucket(storage: Storage, state: Target) -> list[Line]:
     """Return what the store honours. The check writes and deletes the object that each start uses for it."""
     from lab_state.storage.s3 import S3Storage  # noqa: PLC0415 -- only a bucket needs it
-    from lab_state.storage.s3._open import probe  # noqa: PLC0415 -- likewise
+    from lab_state.storage.s3._open import probe  # noqa: PLC0415 -- only a bucket needs it
 
     assert isinstance(storage, S3Storage)
     try:

@@ -74,8 +74,8 @@ class Output:
 
     def _rich_table(self, head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
         from rich.console import Console  # noqa: PLC0415 -- 30 ms, and only a terminal needs it
-        from rich.table import Table  # noqa: PLC0415 -- likewise
-        from rich.text import Text  # noqa: PLC0415 -- likewise
+        from rich.table import Table  # noqa: PLC0415 -- only a terminal needs it
+        from rich.text import Text  # noqa: PLC0415 -- only a terminal needs it
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for place, name in enumerate(head):

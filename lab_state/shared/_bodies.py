@@ -238,7 +238,7 @@ def _run(body: _Body, core: CallCore) -> _Outcome | None:
         return _Outcome(body, at_once(body.make(Calls(core, body.prefix))), None)
     except Exception as error:  # noqa: BLE001 -- the caller gets it
         return _Outcome(body, None, error)
-    except BaseException as interrupt:  # noqa: BLE001 -- likewise; if it were raised here, the task of all callers would end
+    except BaseException as interrupt:  # noqa: BLE001 -- the caller gets it; raised here, it would end the task of all callers
         _fail(body.done, interrupt)
         return None
 

@@ -5,7 +5,8 @@ executed in steps, and no other call is executed meanwhile. Any other call is ex
 something is answered when its record is durable. The answer has the last revision of that record. A call that changed
 nothing is answered when the revision that it read is durable. A refused check is answered at once.
 
-`OwnerFlusher` tells the engine of each commit: `begin`, then `landed` or `put_back`.
+`OwnerFlusher` tells the engine of each commit: `begin`, then `landed` or `put_back`. The first section of
+`docs/design/shared.md` explains the words of this package.
 """
 
 from __future__ import annotations

@@ -337,14 +337,14 @@ class _FaultySession:
 
     async def aclose(self) -> None:
         if self in self._storage._sessions:  # noqa: SLF001 -- storage and session work together
-            self._storage._sessions.remove(self)  # noqa: SLF001 -- likewise
+            self._storage._sessions.remove(self)  # noqa: SLF001 -- storage and session work together
         if not self.has_power:
             await self._inner.aclose()
             return
-        await self._storage._faulty("aclose", self._inner.aclose)  # noqa: SLF001 -- likewise
+        await self._storage._faulty("aclose", self._inner.aclose)  # noqa: SLF001 -- storage and session work together
 
     async def _call(self, operation: Operation, call: Callable[[], Awaitable[R]], size: int = 0) -> R:
-        torn = self._storage._torn  # noqa: SLF001 -- likewise
+        torn = self._storage._torn  # noqa: SLF001 -- storage and session work together
 
         async def powered() -> R:
             self._check_power()
@@ -353,7 +353,7 @@ class _FaultySession:
             return result
 
         self._check_power()
-        return await self._storage._faulty(  # noqa: SLF001 -- likewise
+        return await self._storage._faulty(  # noqa: SLF001 -- storage and session work together
             operation, powered, lambda: torn.update({self._name: max(1, size // 2)})
         )
 

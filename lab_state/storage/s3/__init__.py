@@ -174,7 +174,7 @@ class S3Storage:
         return S3History(self._run, self._opened, self.open)
 
     def _catalog(self) -> S3Catalog:
-        from lab_state.storage.s3._calls import S3Catalog  # noqa: PLC0415 -- likewise
+        from lab_state.storage.s3._calls import S3Catalog  # noqa: PLC0415 -- few programs need it
 
         return S3Catalog(
             self._run,
@@ -252,7 +252,7 @@ class S3Storage:
 
     async def _open_session(self, store: Requests, names: Names, let_go: Callable[[], None]) -> S3Session:
         from lab_state.storage.s3._open import open_state  # noqa: PLC0415 -- see _import
-        from lab_state.storage.s3._session import S3Session  # noqa: PLC0415 -- likewise
+        from lab_state.storage.s3._session import S3Session  # noqa: PLC0415 -- see _import
 
         session = S3Session(store, names, await open_state(store, names), let_go, self._limits)
         session.place = _Claim.key_of(self._endpoint_url, names)
