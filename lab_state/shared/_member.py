@@ -281,7 +281,7 @@ class Member(SharedCopy):
     # Faults
 
     def _life_ended(self, life: asyncio.Task[None]) -> None:
-        """Refuse all calls if other code has cancelled the task, such as the end of the event loop."""
+        """Refuse all calls if other code, or the end of the event loop, has cancelled the task."""
         if life.cancelled() and not self._stopping:
             self._refuse_calls(
                 UnavailableError(
@@ -337,7 +337,7 @@ class Member(SharedCopy):
         """
         self._stopping = True
         deadline = self._clock.monotonic() + timeout
-        if self._life is None or self._life.cancelled():  # as after the end of the event loop
+        if self._life is None or self._life.cancelled():  # for example, because the event loop of the start has ended
             self._live()
         try:
             has_left = await self._leave(deadline)

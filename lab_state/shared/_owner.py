@@ -92,7 +92,7 @@ class Owner:
         self._session: SharedSession | None = None
         self._is_watched = False  # whether the sweeper deletes keys at the time when they expire
 
-    # The roles of the state
+    # Start and stop
 
     def listen(self) -> None:
         """Accept connections."""
