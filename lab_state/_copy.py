@@ -13,7 +13,7 @@ from lab_state._loading import load, view_of
 from lab_state._values import encode
 from lab_state.config import Config
 from lab_state.exceptions import StorageError, UnsupportedError
-from lab_state.storage._protocol import Recovery, Storage, StorageSession
+from lab_state.storage._protocol import Recovery, Storage, StorageSession, no_state
 
 Progress: TypeAlias = Callable[[Literal["read", "written", "verified"], int], object]
 """A callback that gets the name of a step, and the number of bytes that this step has processed so far.
@@ -64,7 +64,7 @@ async def copy_as(name: str, source: Storage, new_name: str, target: Storage, te
     """Copy a state to a state of another name; see `copy_state`."""
     loaded = await load(name, source)
     if not loaded.size:
-        raise UnsupportedError(f"there is no state at {loaded.path}: check the name and the storage")
+        raise no_state(loaded.path, ": check the name and the storage")
     tell("read", loaded.size)
     state = loaded.state._replace(results=None)  # the copy is another state: no process has sent a call to it
     await _write(new_name, target, state, tell)

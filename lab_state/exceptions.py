@@ -164,6 +164,8 @@ class UnsupportedError(StorageError):
     in the child. The calls of a reader that is open in the parent raise this error, too. Open another reader.
     """
 
+    is_missing: bool = False  # whether there is no state of this name, which has an exit code of the command
+
 
 class LockedError(StorageError):
     """Another process, or another manager in this process, owns the state: stop that writer, or share the state.

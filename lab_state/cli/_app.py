@@ -227,9 +227,10 @@ def restore(state: Target, **options: Any) -> None:
 @subcommand("lab-state repair --dry-run state/shop")
 @click.argument("state", type=STATE)
 @click.option("--dry-run", is_flag=True, help="Print what is lost, and change nothing.")
+@depose_option
 @json_option
 def repair(state: Target, **options: Any) -> None:
-    """Make a damaged state loadable. Its files are kept, and what is lost is listed. The state must be stopped."""
+    """Make a damaged state loadable. What is there is kept, and what is lost is listed. The state must be stopped."""
     asynchronous(_repair.repair, writes=True)(state, **options)
 
 

@@ -11,6 +11,7 @@ from lab_state.exceptions import (
     MigrationError,
     SchemaError,
     StorageError,
+    UnsupportedError,
 )
 
 OK = 0
@@ -23,9 +24,6 @@ CONFLICT = 6
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 """The code of a process that SIGPIPE has ended, as a shell shows it."""
-
-NO_STATE = "there is no state at "
-"""The beginning of the message of each storage that has no state of a name."""
 
 
 class Stop(Exception):  # noqa: N818 -- it may also end a command that has found a difference, which is not an error
@@ -42,13 +40,17 @@ def no_key(key: str, state: object) -> Stop:
     return Stop(NOT_FOUND, f"there is no key {key!r} in {state}")
 
 
+def is_missing(error: Exception) -> bool:
+    """Return whether the reason for an error is that there is no state of this name."""
+    return isinstance(error, UnsupportedError) and error.is_missing
+
+
 def code_of(error: LabStateError | ValueError | ImportError) -> int:
     """Return the exit code for an error.
 
     A `ValueError` is about an argument, and so is an `ImportError`: the extra for the storage is missing.
     """
-    is_missing = isinstance(error, StorageError) and str(error).startswith(NO_STATE)
-    if is_missing or isinstance(error, MigrationError | SchemaError):
+    if is_missing(error) or isinstance(error, MigrationError | SchemaError):
         return NOT_FOUND
     if isinstance(error, LockedError | FencedError):
         return LOCKED

@@ -10,7 +10,7 @@ from typing import Literal
 from lab_state._codec import LoadedState
 from lab_state._copy import copy_as, snapshot_of
 from lab_state._loading import load
-from lab_state.cli._exits import CONFLICT, NO_STATE, Stop
+from lab_state.cli._exits import CONFLICT, Stop, is_missing
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
@@ -85,7 +85,7 @@ async def _exists(target: Target) -> bool:
     try:
         await storage_at(target.place).read(target.name)
     except UnsupportedError as error:
-        if str(error).startswith(NO_STATE):
+        if is_missing(error):
             return False
         raise
     return True

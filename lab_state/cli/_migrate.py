@@ -23,13 +23,12 @@ from lab_state._migrations._versions import Step, decide
 from lab_state._migrations._versions import Stored as StoredVersions
 from lab_state._state import State
 from lab_state._state_view import StateView
-from lab_state.cli._exits import LOCKED, NOT_FOUND, USAGE, Stop
+from lab_state.cli._exits import NOT_FOUND, USAGE, Stop
 from lab_state.cli._output import Output
-from lab_state.cli._storages import described, expiry_of, raw_of, read, storage_at
+from lab_state.cli._storages import check_deposes, described, expiry_of, raw_of, read, storage_at
 from lab_state.cli._target import Target
 from lab_state.config import Config
 from lab_state.manager import Manager
-from lab_state.storage.file import FileStorage
 
 _SHOWN = 60
 """The largest number of characters of a value in a line for people."""
@@ -65,12 +64,7 @@ async def migrate(output: Output, schema: str, state: Target, *, dry_run: bool, 
         _Trial(output, code, view, state).run(json=json)
         return
     storage = storage_at(state.place)
-    if not isinstance(storage, FileStorage) and not depose:
-        raise Stop(
-            LOCKED,
-            f"{state} may be open in a process: a bucket has no lock that would show it, and a new writer deposes that process. "
-            "Stop it first, and add --depose",
-        )
+    check_deposes(state, depose=depose)
     manager = Manager(Config(name=state.name, flush_interval=None), storage, schema=code)
     async with manager:
         before, revision = view.schema, manager.revision

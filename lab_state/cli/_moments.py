@@ -15,9 +15,8 @@ from lab_state._restore import restore_state
 from lab_state._state_view import read_state
 from lab_state.cli._changes import Change, of_record, text_of
 from lab_state.cli._diff import differences
-from lab_state.cli._exits import LOCKED, Stop
 from lab_state.cli._output import Output
-from lab_state.cli._storages import described, entries_of, raw_of, storage_at
+from lab_state.cli._storages import check_deposes, described, entries_of, raw_of, storage_at
 from lab_state.cli._target import Place, Target
 from lab_state.cli._text import age_text, live_text, size_text, time_text
 from lab_state.cli._when import parse_when
@@ -146,12 +145,8 @@ async def restore(
     if dry_run:
         await _compare(output, state, storage, moment, json=json)
         return
-    if into == state.name and state.place.bucket and not depose:
-        raise Stop(
-            LOCKED,
-            f"{state} may be open in a process: a bucket has no lock that would show it, and a restore in place deposes that "
-            "process. Stop it first, and add --depose",
-        )
+    if into == state.name:
+        check_deposes(state, depose=depose)
     done = await restore_state(state.name, storage, moment, into=into)
     if json:
         output.one(revision=done.revision, before=done.before)

@@ -8,25 +8,19 @@ from lab_state._clock import SystemClock
 from lab_state._expiry import resumed
 from lab_state._loading import load
 from lab_state._restore import snapshot_source
-from lab_state.cli._exits import UNAVAILABLE, Stop
 from lab_state.cli._output import Output
-from lab_state.cli._salvage import Salvaged, salvage
-from lab_state.cli._storages import storage_at
+from lab_state.cli._salvage import Salvaged, salvage, salvage_objects
+from lab_state.cli._storages import check_deposes, storage_at
 from lab_state.cli._target import Target
 from lab_state.exceptions import CorruptionError
 from lab_state.storage import _fs as fs
 from lab_state.storage._directory import Paths
-from lab_state.storage._history import history_of
+from lab_state.storage._history import Restoring, history_of
 from lab_state.storage._protocol import Storage
 
 
-async def repair(output: Output, state: Target, *, dry_run: bool, json: bool) -> None:
+async def repair(output: Output, state: Target, *, dry_run: bool, depose: bool, json: bool) -> None:
     """Repair a state, or only list what a repair would lose."""
-    if state.place.bucket:
-        raise Stop(
-            UNAVAILABLE,
-            f"{state} is in a bucket: restore an earlier moment with lab-state restore, or an older version of its objects",
-        )
     storage = storage_at(state.place, create=True)
     try:
         await load(state.name, storage)
@@ -39,8 +33,9 @@ async def repair(output: Output, state: Target, *, dry_run: bool, json: bool) ->
             output.line("the state can be loaded: there is nothing to repair")
         return
     if dry_run:
-        saved, revision, kept = _salvaged(state), None, None
+        saved, revision, kept = await _salvaged(state, storage), None, None
     else:
+        check_deposes(state, depose=depose)
         saved, revision, kept = await _repaired(state, storage)
     if json:
         output.one(repaired=not dry_run, keys=len(saved.state.entries), lost=saved.lost, revision=revision, kept=kept)
@@ -51,21 +46,32 @@ async def repair(output: Output, state: Target, *, dry_run: bool, json: bool) ->
     done = "a repair would keep" if dry_run else f"revision {revision} has"
     output.line(f"{done} {len(saved.state.entries)} keys, with the changes up to {saved.state.revision}")
     if kept is not None:
-        output.line(f"the damaged files are in {kept}; delete them when they are no longer needed")
+        what = "objects" if state.place.bucket else "files"
+        output.line(f"the damaged {what} are in {kept}; delete them when they are no longer needed")
 
 
-def _salvaged(state: Target) -> Salvaged:
+async def _salvaged(state: Target, storage: Storage, restoring: Restoring | None = None) -> Salvaged:
+    """Return what can be saved of a state. Nothing is changed. `restoring` has the state open, if a repair follows."""
+    if state.place.bucket:
+        from lab_state.storage.s3 import S3Storage  # noqa: PLC0415 -- only a bucket needs it
+        from lab_state.storage.s3._pieces import read_pieces  # noqa: PLC0415 -- likewise
+        from lab_state.storage.s3._restoring import S3Restoring  # noqa: PLC0415 -- likewise
+
+        if isinstance(restoring, S3Restoring):
+            return salvage_objects(await restoring.pieces())
+        assert isinstance(storage, S3Storage)
+        return salvage_objects(await storage._run(state.name, read_pieces))  # noqa: SLF001 -- as `doctor` does
     paths = Paths.of(state.place.directory, state.name)
     snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
     return salvage(snapshot, data, state.name)
 
 
 async def _repaired(state: Target, storage: Storage) -> tuple[Salvaged, int, str | None]:
-    """Repair a state under its lock. Return what was saved, the new revision, and the place of the damaged files."""
+    """Repair a state under its lock or fence. Return what was saved, the new revision, and the place of the damaged files."""
     history = history_of(storage)
     restoring = await history.restoring(state.name)
     try:
-        saved = _salvaged(state)
+        saved = await _salvaged(state, storage, restoring)
         reached = [one.span.last.revision for one in await history.generations(state.name)]
         revision = max(saved.highest, await restoring.highest(), *reached) + 1
         now = resumed(saved.state.time, saved.state.wall, time.time())[0]

@@ -1,4 +1,4 @@
-"""Decide what can be saved of the damaged files of a state, and what is lost. Pure.
+"""Decide what can be saved of the damaged files or objects of a state, and what is lost. Pure.
 
 A change is kept only with all changes before it. So the result is a moment of the state, unless a value in the snapshot itself is
 damaged. All losses are listed: bytes, revisions and keys.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import NamedTuple
+import zlib
+from itertools import chain, repeat, takewhile
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from msgspec import Raw
@@ -16,10 +18,13 @@ from msgspec import Raw
 from lab_state import _journal as journal
 from lab_state._codec import LoadedState, Meta, decode_record, decode_snapshot, replay
 from lab_state._entries import Stored, Versions
-from lab_state._journal import ANY_BASE, NO_BASE, FoundFrame, FrameKind
+from lab_state._journal import ANY_BASE, NO_BASE, FoundFrame, FrameKind, base_of
 from lab_state._not_json import NOT_JSON
 from lab_state.cli._verify import faults_of
 from lab_state.exceptions import CorruptionError
+
+if TYPE_CHECKING:
+    from lab_state.storage.s3._pieces import Pieces
 
 _RESERVED = "$lab_state"
 _SHOWN = 20
@@ -48,6 +53,7 @@ def salvage(snapshot: bytes | None, data: bytes | None, name: str) -> Salvaged:
     if data is not None:
         base, frames = _frames(data, name, lost)
     full = next((frame.payload for frame in frames if frame.kind is FrameKind.FULL), None)
+    records = [frame.payload for frame in frames if frame.kind is FrameKind.RECORD]
     state = LoadedState({}, 0)
     if full is not None:
         state = _snapshot(full, "the state in the journal", lost)
@@ -55,9 +61,36 @@ def salvage(snapshot: bytes | None, data: bytes | None, name: str) -> Salvaged:
         state = _snapshot(snapshot, "the snapshot", lost)
         if data is None and journal.is_followed(snapshot):
             lost.append("the journal is missing: the changes since the last checkpoint are lost")
+        followed = {base, *(frame.payload.decode() for frame in frames if frame.kind is FrameKind.CHECKPOINT)}
+        if base != ANY_BASE and _is_foreign(snapshot) and base_of(len(snapshot), zlib.crc32(snapshot)) not in followed:
+            return _replayed(state, [], records, lost)
     elif base != NO_BASE:
         lost.append("the snapshot is missing")
-    return _replayed(state, [frame.payload for frame in frames if frame.kind is FrameKind.RECORD], lost)
+    return _replayed(state, records, [], lost)
+
+
+def salvage_objects(pieces: Pieces) -> Salvaged:
+    """Return what can be saved of the objects of a state in S3."""
+    snapshot, base, records, is_followed, problems = pieces
+    lost: list[str] = []
+    state = LoadedState({}, 0)
+    if snapshot is not None:
+        state = _snapshot(snapshot, "the snapshot", lost)
+    elif is_followed:
+        lost.append("the snapshot is missing")
+    lost += problems
+    ordinary = [record for record, _ in records]
+    if snapshot is not None and _is_foreign(snapshot):
+        ordinary = [record for record, _ in takewhile(lambda one: one[1] in {None, base}, records)]
+    return _replayed(state, ordinary, [record for record, _ in records[len(ordinary) :]], lost)
+
+
+def _is_foreign(snapshot: bytes) -> bool:
+    """Return whether another program wrote a snapshot, and it is intact. It has no revision that could tell which records follow."""
+    try:
+        return decode_snapshot(snapshot, "the snapshot").revision == 0
+    except CorruptionError:
+        return False
 
 
 def _frames(data: bytes, name: str, lost: list[str]) -> tuple[str, list[FoundFrame]]:
@@ -80,16 +113,20 @@ def _frames(data: bytes, name: str, lost: list[str]) -> tuple[str, list[FoundFra
     return header.base, frames
 
 
-def _replayed(state: LoadedState, records: list[bytes], lost: list[str]) -> Salvaged:
+def _replayed(state: LoadedState, records: list[bytes], strange: list[bytes], lost: list[str]) -> Salvaged:
+    """Apply the records of which no earlier change is missing. List the others, and the `strange` ones, which follow another snapshot."""
     highest = state.revision
-    for data in records:
-        record = decode_record(data)
+    for data, is_strange in chain(zip(records, repeat(False)), zip(strange, repeat(True))):
+        try:
+            record = decode_record(data)
+        except NOT_JSON:
+            lost.append(f"a record of {len(data)} bytes, which is not the JSON of a record")
+            continue
         highest = max(highest, record.end)
-        if record.start > state.revision:
+        why = "they follow another snapshot" if is_strange else "changes before them are missing"
+        if is_strange or record.start > state.revision:
             keys = [*record.set, *record.delete]
-            lost.append(
-                f"the changes {record.start + 1} to {record.end} of {_names(keys)}: changes before them are missing"
-            )
+            lost.append(f"the changes {record.start + 1} to {record.end} of {_names(keys)}: {why}")
             continue
         state = replay(state, [data], "the journal")
     return Salvaged(state, lost, highest)

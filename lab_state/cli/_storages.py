@@ -12,6 +12,7 @@ from msgspec import Raw
 from lab_state._entries import Expiring, Stored
 from lab_state._state_view import StateView, read_state
 from lab_state._values import encode
+from lab_state.cli._exits import LOCKED, Stop
 from lab_state.cli._target import Place, Target
 from lab_state.cli._when import parse_when
 from lab_state.storage._protocol import Storage
@@ -30,6 +31,20 @@ def storage_at(place: Place, *, create: bool = False) -> Storage:
     from lab_state.storage.s3 import S3Storage  # noqa: PLC0415 -- only a bucket needs it
 
     return S3Storage(place.bucket, prefix=place.prefix)
+
+
+def check_deposes(target: Target, *, depose: bool) -> None:
+    """Check that a subcommand may write to a state: it is on disk, or the user has added `--depose`.
+
+    Raises:
+        Stop: The state is in a bucket, and `depose` is False.
+    """
+    if target.place.bucket and not depose:
+        raise Stop(
+            LOCKED,
+            f"{target} may be open in a process: a bucket has no lock that would show it, and a new writer deposes that process. "
+            "Stop it first, and add --depose",
+        )
 
 
 async def read(target: Target, at: str | None = None) -> StateView:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
-import click
 import msgspec
 
 from lab_state._arguments import check_key, milliseconds
+from lab_state.cli._editing import edited, is_same
 from lab_state.cli._exits import NOT_FOUND, Stop, no_key
 from lab_state.cli._input import parse_lines, parse_object, parse_value
 from lab_state.cli._output import Output
 from lab_state.cli._run import read_input
-from lab_state.cli._storages import entries_of, expiry_of, raw_of, read
+from lab_state.cli._storages import check_deposes, entries_of, expiry_of, raw_of, read
 from lab_state.cli._target import Target
 from lab_state.cli._writers import writer
 from lab_state.exceptions import InvalidValueError
@@ -71,22 +71,23 @@ async def load(
 
 async def edit(output: Output, state: Target, key: str, *, depose: bool, json: bool) -> None:
     """Edit a value in an editor, and store it if it was changed."""
+    check_deposes(state, depose=depose)
     view = await read(state)
     stored = entries_of(view).get(key)
     if stored is None:
         raise no_key(key, state)
     before = raw_of(stored)
-    text = msgspec.json.format(before, indent=2).decode() + "\n"
-    edited = click.edit(text, extension=".json", require_save=True)
-    if edited is None or edited.strip() == text.strip():
-        output.note("lab-state: not changed, nothing was written")
-        return
-    try:
-        value = parse_value(edited.encode(), "the edited value")
-    except InvalidValueError as error:
-        raise InvalidValueError(f"{error}: nothing was written") from None
-    async with writer(state, depose=depose) as writing:
-        revision = await writing.replace(key, before, expiry_of(stored), value, view.revision)
+    text = msgspec.json.format(before, indent=2) + b"\n"
+    with edited(text) as found:
+        if is_same(text, found):
+            output.note("lab-state: not changed, nothing was written")
+            return
+        try:
+            value = parse_value(found, "the edited value")
+        except InvalidValueError as error:
+            raise InvalidValueError(f"{error}: nothing was written") from None
+        async with writer(state, depose=depose) as writing:
+            revision = await writing.replace(key, before, expiry_of(stored), value, view.revision)
     _done(output, revision, json=json)
 
 

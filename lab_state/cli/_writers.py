@@ -16,9 +16,8 @@ from lab_state._entries import Expiring
 from lab_state._migrations import ANY
 from lab_state._values import encode_value
 from lab_state.cli._client import PATIENCE, Client
-from lab_state.cli._exits import LOCKED, Stop
 from lab_state.cli._input import Item, has_changed, json_of
-from lab_state.cli._storages import storage_at
+from lab_state.cli._storages import check_deposes, storage_at
 from lab_state.cli._target import Target
 from lab_state.config import Config
 from lab_state.exceptions import ConflictError, InvalidValueError, KeyNotFoundError, LockedError
@@ -76,12 +75,7 @@ async def writer(target: Target, *, create: bool = False, depose: bool = False) 
         LabStateError: The state cannot be opened, or a change could not be written.
     """
     storage = storage_at(target.place, create=create)
-    if not isinstance(storage, FileStorage) and not depose:
-        raise Stop(
-            LOCKED,
-            f"{target} may be open in a process: a bucket has no lock that would show it, and a new writer deposes that process. "
-            "Stop it first, and add --depose",
-        )
+    check_deposes(target, depose=depose)
     manager = Manager(Config(name=target.name, flush_interval=None), storage, schema=ANY)
     client = Client(storage, target.name) if isinstance(storage, FileStorage) else None
     try:

@@ -21,6 +21,7 @@ from lab_state.exceptions import UnavailableError, UnsupportedError
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._os_errors import translated
+from lab_state.storage._protocol import no_state
 
 if sys.platform != "win32":  # pragma: no branch -- never run there
     import fcntl
@@ -107,9 +108,10 @@ def opened(path: str, *, create: bool) -> str:
 
 def missing(path: str) -> UnsupportedError:
     """Return the error for a missing state or directory, for a storage with `create=False`."""
-    return UnsupportedError(
-        f"there is no state at {path}, and create=False: check that the volume is mounted and the path is right; "
-        "to create an empty state, start once with create=True and make a change"
+    return no_state(
+        path,
+        ", and create=False: check that the volume is mounted and the path is right; to create an empty state, start once with "
+        "create=True and make a change",
     )
 
 

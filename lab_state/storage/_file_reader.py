@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 from lab_state import _journal as journal
 from lab_state._journal import NO_BASE
-from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
+from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage._directory import Paths
 from lab_state.storage._fs_read import OpenFile, has_moved, is_there, open_to_read
 from lab_state.storage._proc_locks import MOUNTS, find_holders, would_show
-from lab_state.storage._protocol import Reading
+from lab_state.storage._protocol import Reading, no_state
 from lab_state.storage._reading import ReadFiles, is_answer, is_empty, judge, needs_snapshot
 
 _LONGEST = 5.0
@@ -129,7 +129,7 @@ class _Look:
             assert error is not None, "a judgement has either an accepted state or an error"
             raise error
         if is_empty(self.seen) and not is_there(self._paths.lock):
-            raise UnsupportedError(f"there is no state at {self._paths.snapshot}: check the name and the directory")
+            raise no_state(self._paths.snapshot, ": check the name and the directory")
         snapshot, crc = self.snapshot_bytes, self._crc
         if accepted.full is not None:
             snapshot, crc = accepted.full, None

@@ -22,6 +22,7 @@ from lab_state.storage._generations import parse_name
 from lab_state.storage._history import FoundState
 from lab_state.storage._history_files import delete, link_present
 from lab_state.storage._lock import read_holder
+from lab_state.storage._protocol import no_state
 
 _FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})\.(json|journal|lock|history)", re.ASCII)
 _LEFT = r"\.(?:json|journal)\.(?:[0-9a-f]{8}\.tmp|torn-\d+|replaced-\d+)"
@@ -92,7 +93,7 @@ def remove_state(directory: str, name: str, *, history: bool) -> None:
     """
     paths = Paths.of(os.path.realpath(folder.absolute(directory)), name)
     if all(map(lookup.is_gone, (paths.snapshot, paths.journal, paths.history))):
-        raise UnsupportedError(f"there is no state at {paths.snapshot}: check the name and the directory")
+        raise no_state(paths.snapshot, ": check the name and the directory")
     paths, lock = take_lock(directory, name, create=True)
     try:
         if not history and not lookup.is_gone(paths.history):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from lab_state.exceptions import UnsupportedError
+
 SnapshotSource = Callable[[], AsyncIterator[bytes]]
 """A function that returns the snapshot as an async iterator of slices.
 
@@ -269,3 +271,10 @@ class Storage(Protocol):
             UnavailableError: The state could not be read this time. Try again.
         """
         ...
+
+
+def no_state(path: str, advice: str) -> UnsupportedError:
+    """Return the error for a state that does not exist. `advice` begins with the punctuation after the path."""
+    error = UnsupportedError(f"there is no state at {path}{advice}")
+    error.is_missing = True
+    return error

@@ -14,7 +14,7 @@ from lab_state._clock import wall_now
 from lab_state._journal import NO_BASE, FrameKind
 from lab_state.exceptions import LockedError, UnsupportedError
 from lab_state.storage._history import FoundState
-from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
+from lab_state.storage._protocol import Reading, Recovery, SnapshotSource, no_state
 
 _MIN_CHECKPOINT_BYTES = 64 * 1024
 _LARGE = 1024 * 1024
@@ -55,7 +55,7 @@ class MemoryStorage:
         """Read the state while a manager may have it open; see `Storage.read`. Every record is durable."""
         path = _path(name)
         if (stored := self.places.get(name)) is None:
-            raise UnsupportedError(f"there is no state at {path}: check the name and the storage")
+            raise no_state(path, ": check the name and the storage")
         data = None if stored.journal is None else bytes(stored.journal)
         scan = None if data is None else journal.scan(data, name, path)
         records = journal.accept(scan, len(data or b""), _base(stored.snapshot), path).records
@@ -88,7 +88,7 @@ class MemoryCatalog:
         """Remove a state; see `Catalog.remove`."""
         stored = self._places.get(name)
         if stored is None:
-            raise UnsupportedError(f"there is no state at {_path(name)}: check the name and the storage")
+            raise no_state(_path(name), ": check the name and the storage")
         if stored.session is not None:
             raise LockedError(f"{name!r} is open in this MemoryStorage: stop its manager first")
         del self._places[name]

@@ -14,7 +14,6 @@ import pytest
 from command import KILL_AT, command
 
 from lab_state import Config, CorruptionError, FileStorage, Manager, UnsupportedError, read_state
-from lab_state.cli._exits import NO_STATE
 
 OLD = {"a": 1, "b": [1, 2], "c": "x" * 200}
 SECOND = {**OLD, "a": 2}
@@ -44,7 +43,7 @@ async def values(directory: Path, name: str = "shop", folder: str = "state") -> 
     try:
         found: dict[str, Any] = await (await read_state(name, FileStorage(directory / folder))).get_all()
     except UnsupportedError as error:
-        assert str(error).startswith(NO_STATE)  # noqa: PT017 -- another error of the storage is a defect
+        assert error.is_missing  # noqa: PT017 -- another error of the storage is a defect
         return None
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from commanded import World
 
 from lab_state import CorruptionError, FileStorage, Manager, read_state
+from lab_state import _journal as journal
 from lab_state.cli._doctor import file_system
 from lab_state.cli._salvage import salvage
 
@@ -111,7 +113,7 @@ async def test_a_snapshot_that_is_cut_off(tmp_path: Path) -> None:
 
 
 async def test_nothing_to_repair(tmp_path: Path) -> None:
-    """A state that can be loaded is left alone. A missing state is code 1, a running one code 3, and one in a bucket code 5."""
+    """A state that can be loaded is left alone. A missing state is code 1, and a running one code 3."""
     world = World("running", tmp_path)
     async with world.filled():
         done = await world.run("repair", world.state)
@@ -124,7 +126,6 @@ async def test_nothing_to_repair(tmp_path: Path) -> None:
         assert (refused.code, refused.out) == (3, "")
         assert f"pid {os.getpid()}" in refused.err
         damage(tmp_path / "state" / "shop.journal", b'"cart/xxx"', b'"cart/ann"')
-    assert (await world.run("repair", "s3://bucket/shop")).code == 5
 
 
 async def test_a_repair_for_people(tmp_path: Path) -> None:
@@ -155,6 +156,25 @@ def test_what_can_be_saved() -> None:
     assert (nothing.state.entries, len(nothing.lost)) == ({}, 2)
 
 
+def test_a_snapshot_of_another_program() -> None:
+    """Records that follow another snapshot are not mixed with one that has no revision. A record that is not one is listed."""
+    record = b'{"from":0,"to":1,"clear":false,"set":{"x":1},"delete":[],"expires":{}}'
+    snapshot = b'{"a":1}'
+    frames = journal.frame("salt", journal.FrameKind.RECORD, record) + journal.frame(
+        "salt", journal.FrameKind.RECORD, b"{}"
+    )
+    found = salvage(snapshot, journal.header("shop", "salt", "9-01234567") + frames, "shop")
+    assert found.state.entries.keys() == {"a"}
+    assert found.lost == [
+        "the changes 1 to 1 of 'x': they follow another snapshot",
+        "a record of 2 bytes, which is not the JSON of a record",
+    ]
+    base = journal.base_of(len(snapshot), zlib.crc32(snapshot))
+    named = journal.frame("salt", journal.FrameKind.CHECKPOINT, base.encode())
+    for data in (journal.header("shop", "salt", base), journal.header("shop", "salt", "9-01234567") + named):
+        assert salvage(snapshot, data + frames, "shop").state.entries.keys() == {"a", "x"}
+
+
 async def test_the_whole_state_in_a_journal(tmp_path: Path) -> None:
     """A journal that begins with the whole state needs no snapshot. A torn tail and a missing journal are named."""
     world = World("running", tmp_path)
@@ -167,8 +187,6 @@ async def test_the_whole_state_in_a_journal(tmp_path: Path) -> None:
     assert len(found.state.entries) == 5
     assert found.lost == ["the last 4 bytes of the journal are not a whole record; they were never acknowledged"]
     followed = b'{"a":1,"$lab_state":{"format":1,"revision":1,"id":"743364091beeb863","wall":1,"followed":true,"crc32":"%08x"}}'
-    import zlib  # noqa: PLC0415
-
     whole = followed.split(b',"crc32"')[0]
     found = salvage(followed % zlib.crc32(whole), None, "shop")
     assert found.lost == ["the journal is missing: the changes since the last checkpoint are lost"]

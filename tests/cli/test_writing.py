@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,27 +91,44 @@ async def test_a_write_that_depends_on_a_revision(world: World) -> None:
         assert (await world.reading())["stock/apple"] == 1
 
 
+def kept(edited: Done) -> str:
+    """Return the text of the file that the command has kept, and delete the file. Check that only this user can read it."""
+    path = Path(edited.err.partition("your text is kept in ")[2].splitlines()[0])
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    text = path.read_text()
+    shutil.rmtree(path.parent)
+    return text
+
+
 async def test_edits_that_write_nothing(world: World, tmp_path: Path) -> None:
     """An editor that fails, writes garbage or changes nothing, and an edit of a value that was changed meanwhile, write nothing."""
     async with world.filled():
         before = await world.reading()
+        temporary = tmp_path / "temporary"
+        temporary.mkdir()
 
         async def edit(code: str, key: str = "stock/pear") -> Done:
-            env = {"EDITOR": script(tmp_path / "editor", code)}
+            env = {"EDITOR": script(tmp_path / "editor", code), "TMPDIR": str(temporary)}
             return await world.run("edit", world.state, key, *depose(world), env=env)
 
         failed = await edit("exit 3")
-        assert failed.code == 2
-        garbage = await edit('echo "{secret" > "$1"')
+        assert (failed.code, "is kept in" in failed.err) == (2, False)
+        failed = await edit('echo "[2]" > "$1"; exit 3')
+        assert (failed.code, kept(failed)) == (2, "[2]\n")
+        vanished = await edit('rm "$1"')
+        assert (vanished.code, "is kept in" in vanished.err) == (5, False)
+        garbage = await edit('echo "{secret" > "$1"; chmod 644 "$1"')
         assert (garbage.code, garbage.out) == (2, "")
         assert "nothing was written" in garbage.err
         assert "secret" not in garbage.err
+        assert kept(garbage) == "{secret\n"
         assert (await edit('echo > "$1"')).code == 2
+        assert list(temporary.iterdir()) == []
         for code in ("true", 'touch -d 2100-01-01 "$1"', 'echo >> "$1"'):
             same = await edit(code)
             assert (same.code, same.out, same.err) == (0, "", "lab-state: not changed, nothing was written\n")
         assert (await edit("true", "none")).code == 1
-        assert (await world.run("edit", world.state, "stock/pear", env={"EDITOR": "/no/such/editor"})).code == 2
+        assert (await world.run("edit", world.state, "stock/pear", *depose(world), env={"EDITOR": "/no"})).code == 2
         assert await world.reading() == before
 
 
@@ -135,7 +153,7 @@ async def test_an_edit_does_not_overwrite_another_change(tmp_path: Path, kind: K
     async with world.filled():
         change = [other, world.state, "stock/pear", *(["5"] if other == "set" else [])]
         edited = await changed_meanwhile(world, tmp_path, change)
-        assert (edited.code, edited.out) == (6, "")
+        assert (edited.code, edited.out, kept(edited)) == (6, "", "[1]\n")
         assert (await world.reading()).get("stock/pear") == (5 if other == "set" else None)
 
 
@@ -164,6 +182,7 @@ async def test_a_running_state_is_not_written(tmp_path: Path) -> None:
             refused = await world.run(*arguments, given=given, env=env)
             assert (refused.code, refused.out) == (3, ""), arguments
             assert f"pid {os.getpid()}" in refused.err
+        assert kept(refused) == "1\n"
         assert {path.name: path.read_bytes() for path in (tmp_path / "state").iterdir()} == before
 
 

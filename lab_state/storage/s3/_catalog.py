@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lab_state.config import Config
-from lab_state.exceptions import CorruptionError, InvalidNameError, UnsupportedError
+from lab_state.exceptions import CorruptionError, InvalidNameError
 from lab_state.storage._history import FoundState
+from lab_state.storage._protocol import no_state
 from lab_state.storage.s3._client import Requests
 from lab_state.storage.s3._format import REMOVED, Names, kept_in_metadata, stamp_in_metadata
 from lab_state.storage.s3._open import AT_ONCE, together
@@ -89,9 +90,7 @@ async def remove_state(store: Requests, names: Names, *, history: bool, keeps: b
     copies = [key for key in await store.sizes(names.history, names.history) if names.older(key) is not None]
     journal = await store.sizes(names.journal, names.record(0))
     if present is None and not copies and not journal:
-        raise UnsupportedError(
-            f"there is no state at {names.url(names.snapshot)}, and no history of it: check the name, the prefix and the bucket"
-        )
+        raise no_state(names.url(names.snapshot), ", and no history of it: check the name, the prefix and the bucket")
     kept = 0 if present is None else kept_in_metadata(present.metadata) or 0
     if (keeps or copies or kept) and not history:
         if present is None or REMOVED not in present.metadata or max(journal) > names.record(_covered(present, names)):

@@ -11,7 +11,7 @@
 * `<prefix>/<name>.history/<20 digits>-<wall>.json` are older snapshots. The digits are the
   number of the last record that the snapshot covers, and `wall` is its recorded time.
 * `<prefix>/<name>.damaged-<time>/` has the objects of a state that could not be loaded, and
-  was replaced by an earlier moment.
+  was replaced by an earlier moment or by a repair.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from lab_state._journal import NO_BASE
-from lab_state.exceptions import CorruptionError, UnsupportedError
+from lab_state.exceptions import CorruptionError
 from lab_state.storage._generations import Moment, Span, moment_of_record, moment_of_snapshot
 from lab_state.storage._history import FoundGeneration, GoneError
-from lab_state.storage._protocol import Reading
+from lab_state.storage._protocol import Reading, no_state
 from lab_state.storage.s3._client import Requests
-from lab_state.storage.s3._format import MOST_NUMBER, REMOVED, Names, Older, stamp_at_end, stamp_in_metadata
+from lab_state.storage.s3._format import MOST_NUMBER, REMOVED, Names, Older, same_stamp, stamp_at_end, stamp_in_metadata
 from lab_state.storage.s3._keeping import END_BYTES
 from lab_state.storage.s3._open import AT_ONCE, NumberedObject, fetch, gap, numbers, together
 from lab_state.storage.s3._outcomes import ObjectInfo
@@ -81,9 +81,7 @@ async def list_generations(store: Requests, names: Names) -> list[FoundGeneratio
             break
         await tries.pause("a change of the state while it was read")
     if not found and (present is None or REMOVED in present.metadata) and not (await _first_numbers(store, names)):
-        raise UnsupportedError(
-            f"there is no state at {names.url(names.snapshot)}, and no history of it: check the name, the prefix and the bucket"
-        )
+        raise no_state(names.url(names.snapshot), ", and no history of it: check the name, the prefix and the bucket")
     return found
 
 
@@ -117,7 +115,8 @@ async def begin_in_use(store: Requests, names: Names, present: ObjectInfo | None
     if looked is None:
         raise CorruptionError(names.url(names.snapshot), 0, "it is empty, or was deleted; restore a copy")
     found, end, moment = looked
-    stamp = stamp_in_metadata(found.metadata, names.snapshot) or stamp_at_end(end)
+    path = names.url(names.snapshot)
+    stamp = same_stamp(stamp_at_end(end), stamp_in_metadata(found.metadata, path), path)
     seq = 0 if stamp is None else stamp.seq
     listed = await numbers(store, names, seq)
     if stamp is None and gap(listed, 0, None, names) is not None:  # see `Loader`

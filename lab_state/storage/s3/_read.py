@@ -13,8 +13,7 @@ creates a fence.
 
 from __future__ import annotations
 
-from lab_state.exceptions import UnsupportedError
-from lab_state.storage._protocol import Reading
+from lab_state.storage._protocol import Reading, no_state
 from lab_state.storage.s3._client import Requests
 from lab_state.storage.s3._format import Names
 from lab_state.storage.s3._open import Loader
@@ -35,6 +34,6 @@ async def read_objects(store: Requests, names: Names) -> Reading:
         if (None if now is None else now.etag) == loaded.etag:
             snapshot, records, _, _, crc = loaded.recovery
             if snapshot is None and loaded.last == loaded.covered:
-                raise UnsupportedError(f"there is no state at {path}: check the name, the prefix and the bucket")
+                raise no_state(path, ": check the name, the prefix and the bucket")
             return Reading(snapshot, records, len(records), None, path, crc)
         await tries.pause("a change of the state while it was read")

@@ -5,7 +5,7 @@
 3. Copy the snapshot into the history, or a state that cannot be loaded into `<name>.damaged-<time>/`. If this fails, nothing was
    changed, except for the fence.
 4. Replace the snapshot, as a checkpoint does. The new snapshot covers the number of the fence. So the records below it are
-   records of the history.
+   records of the history. Then delete objects whose number no writer reaches, since no start succeeds beside them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from lab_state.storage.s3._open import (
     together,
 )
 from lab_state.storage.s3._outcomes import WRITE_ID, NotOursError, ObjectInfo
+from lab_state.storage.s3._pieces import Pieces, read_pieces
 from lab_state.storage.s3._session import S3Session
 
 
@@ -47,12 +48,14 @@ class _Found(NamedTuple):
         seq: The number that the snapshot covers. If it cannot be read, that of the newest older snapshot.
         revision: The revision of the snapshot; 0 if it is not known.
         listed: The sizes of the records and fences above `seq`, by number, without the fence of this writer.
+        strays: The keys of objects whose number no writer reaches. They are not part of the state, and no start succeeds beside them.
     """
 
     present: ObjectInfo | None
     seq: int
     revision: int
     listed: dict[int, int]
+    strays: tuple[str, ...] = ()
 
 
 async def open_to_restore(store: Requests, names: Names, let_go: Callable[[], None]) -> S3Restoring:
@@ -94,9 +97,9 @@ async def _look(store: Requests, names: Names) -> _Found:
         seq = max(older).seq if older else 0
         sizes = await store.sizes(names.journal, names.record(seq))
         numbered = {number: size for key, size in sizes.items() if (number := names.number(key)) is not None}
-        return _Found(
-            present, seq, 0, {number: size for number, size in sorted(numbered.items()) if number <= MOST_NUMBER}
-        )
+        strays = tuple(names.record(number) for number in sorted(numbered) if number > MOST_NUMBER)
+        listed = {number: size for number, size in sorted(numbered.items()) if number <= MOST_NUMBER}
+        return _Found(present, seq, 0, listed, strays)
     return _Found(present, begin.seq, begin.first.revision, listed)
 
 
@@ -132,6 +135,10 @@ class S3Restoring:
         await together([some() for _ in range(AT_ONCE)])
         return highest
 
+    async def pieces(self) -> Pieces:
+        """Return the objects of the stored state, as far as they can be read."""
+        return await read_pieces(self._store, self._names, self._fence)
+
     async def _record(self, number: int) -> bytes | None:
         """Return a record; `None` if it is damaged or missing."""
         found: dict[int, NumberedObject] = {}
@@ -151,12 +158,14 @@ class S3Restoring:
         ):
             raise UnavailableError(f"{self.path} was replaced while it was restored; restore it again")
         await self._session.checkpoint(snapshot)
+        await self._store.delete(self._found.strays)
         return place
 
     async def _keep_apart(self) -> str | None:
         """Copy the objects of a damaged state. Return the place; `None` if there are none."""
         names, place = self._names, self._names.damaged(round(self._store.time.clock.time() * 1000))
         sources = [names.record(number) for number, size in self._found.listed.items() if size]
+        sources += self._found.strays
         if self._found.present is not None:
             sources.append(names.snapshot)
         left = iter(sources)
