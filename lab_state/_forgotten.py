@@ -29,7 +29,7 @@ _started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
 
 def caller() -> str:
     """Return the place in the application that has called lab_state: file, line and function."""
-    frame = sys._getframe(1)  # noqa: SLF001 -- as `inspect` does, which is slow to import
+    frame = sys._getframe(1)  # noqa: SLF001 -- `inspect` does the same, but is slow to import
     while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"

@@ -281,7 +281,7 @@ def _check_finite(value: object, steps: Sequence[str] = ()) -> None:
     """Refuse NaN and infinity, because JSON would hold them as `null`. `steps` is the path to the value."""
     try:
         tree = msgspec.to_builtins(value, enc_hook=_as_written)
-    except Exception:  # noqa: BLE001 -- as in encode_value
+    except Exception:  # noqa: BLE001 -- a serializer of the caller may raise any error, with the value in its text
         raise InvalidValueError("a model cannot be kept: its own serializer failed") from None
     if (path := first_not_finite(tree)) is not None:
         raise InvalidValueError(NOT_FINITE, joined([*steps, path.removeprefix("$")]))

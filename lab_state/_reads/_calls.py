@@ -279,7 +279,7 @@ class Reads(Ranges):
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
             type: The type; see `get`.
-            limit: The largest number of results, 1 or more. The call ends when it has found so many.
+            limit: The largest number of results, 1 or more. The call ends when it has found this number.
 
         Raises:
             TypeError: An argument has a wrong type, or `type` cannot be decoded; see `get`.

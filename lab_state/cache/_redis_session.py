@@ -80,7 +80,7 @@ class RedisSession:
         """Write the state to two new keys, and then rename them to the keys of the mirror; see `CacheSession.fill`."""
         keys, there = self._keys, self._keys.fill()
         mark = head(revision, self._writer, new_fill())
-        # The marks are written only with the first slice. If they are missing at the end, Redis has dropped the keys meanwhile.
+        # The first slice also writes the new head to both hashes. If a head is missing at the end, Redis has dropped a hash.
         marks = [hset(key, {HEAD: mark}) for key in there]
         keep = [command(b"EXPIRE", key, b"%d" % _FILL_SECONDS) for key in there]
         # The next transactions write to other keys, so a change of a watched key of the mirror must not make them fail.

@@ -41,7 +41,7 @@ create_option = click.option("--create", is_flag=True, help="Create the state if
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:  # noqa: FBT001 -- click calls it so
     if value:
-        # The package is in the top layer, as this module is. It is imported already.
+        # Both this module and the package are in the top layer, so no import statement may name the package. It is imported already.
         click.echo(f"{PROGRAM} {importlib.import_module('lab_state').__version__}")
         ctx.exit()
 
@@ -114,7 +114,7 @@ def get(at: str | None, /, state: Target, key: str, **options: Any) -> None:
 @click.argument("prefix", default="")
 @click.option("--tree", is_flag=True, help="Split the keys at each /, and count.")
 @click.option("--after", metavar="KEY", help="Begin after this key.")
-@click.option("--limit", type=click.IntRange(min=0), help="Print at most so many lines.")
+@click.option("--limit", type=click.IntRange(min=0), help="Print at most this many lines.")
 @json_option
 @nl_option
 @click.pass_obj
@@ -136,7 +136,7 @@ def dump(at: str | None, /, state: Target, prefix: str, **options: Any) -> None:
 @subcommand("lab-state stats --top 3 state/shop")
 @click.argument("state", type=STATE)
 @click.option(
-    "--top", type=click.IntRange(min=0), default=10, show_default=True, help="Print so many of the largest keys."
+    "--top", type=click.IntRange(min=0), default=10, show_default=True, help="Print this many of the largest keys."
 )
 @json_option
 @click.pass_obj
@@ -309,7 +309,7 @@ def migrate(schema: str, state: Target, **options: Any) -> None:
 @click.argument("schema", metavar="MODULE:SCHEMA")
 @click.argument("state", type=STATE)
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Print at most so many values."
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Print at most this many values."
 )
 @nl_option
 def check(schema: str, state: Target, **options: Any) -> None:

@@ -272,7 +272,7 @@ class _Connection:
         self._settle(self.ready, welcome.known)
 
     def refused(self, no: No) -> None:
-        """Raise an error in `Client.connect`."""
+        """Make `Client.connect` raise an error."""
         self._fail(f"the owner of the state {self._name!r} does not admit this process: {no.detail}")
 
     def record(self, record: memoryview) -> Awaitable[None] | None:

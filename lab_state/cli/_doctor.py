@@ -72,13 +72,13 @@ async def doctor(output: Output, state: Target, *, json: bool) -> None:
 
 
 async def _of_a_bucket(storage: Storage, state: Target) -> list[Line]:
-    """Return what the store honours. The check writes and deletes the object that each start uses for it."""
+    """Return a line that says whether the store honours conditions. The check writes the probe, as each start does."""
     from lab_state.storage.s3 import S3Storage  # noqa: PLC0415 -- only a bucket needs it
     from lab_state.storage.s3._open import probe  # noqa: PLC0415 -- only a bucket needs it
 
     assert isinstance(storage, S3Storage)
     try:
-        await storage._run(state.name, probe)  # noqa: SLF001 -- a start does the same
+        await storage._run(state.name, probe)  # noqa: SLF001 -- a storage has no public call for this check
     except StorageError as error:
         return [Line("store", False, str(error))]
     return [Line("store", True, "it refuses a write whose condition is not met; a start can write there")]

@@ -48,7 +48,8 @@ def is_missing(error: Exception) -> bool:
 def code_of(error: LabStateError | ValueError | ImportError) -> int:
     """Return the exit code for an error.
 
-    A `ValueError` is about an argument, and so is an `ImportError`: the extra for the storage is missing.
+    A `ValueError` is about an argument. An `ImportError` means that the argument needs an extra which is not installed. So both
+    get the code of a usage error.
     """
     if is_missing(error) or isinstance(error, MigrationError | SchemaError):
         return NOT_FOUND

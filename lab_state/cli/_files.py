@@ -49,7 +49,7 @@ async def _slices(state: LoadedState) -> AsyncIterator[bytes]:
 
 async def copy(output: Output, source: Target, target: Target, *, json: bool) -> None:
     """Copy a state to another place, and compare the copy with it."""
-    # To open the target deposes a writer in a bucket. So the target is read first.
+    # In a bucket, opening the target deposes its writer. So the target is read first.
     if await _exists(target):
         raise Stop(CONFLICT, f"{target} exists: choose another target, or delete it first")
     progress = _Progress()

@@ -104,7 +104,7 @@ def _checked(value: Any, what: str) -> Any:
 
 
 def _place(error: Exception) -> str:
-    """Return the place of an error of msgspec, without the text around it, which may be a value."""
+    """Return the byte offset in an error of msgspec. The rest of the message may contain a value, so it is dropped."""
     _, found, place = str(error).rpartition("(byte ")
     return f" ({found[1:]}{place}" if found else ""
 

@@ -85,7 +85,7 @@ class _Trial:
         self._schema = schema
         self._view = view
         self._target = target
-        self._base: State = view._core.state  # noqa: SLF001 -- as `entries_of`
+        self._base: State = view._core.state  # noqa: SLF001 -- a view has no public call for its state
 
     def run(self, *, json: bool) -> None:
         """Run the migrations, and print the counts, the first values that differ, and the time.
@@ -164,7 +164,7 @@ async def check(output: Output, schema: str, state: Target, *, limit: int, nl: b
             f"lab-state: the state has version {view.schema} of the schema, and {schema} has version {code.version}"
         )
     await asyncio.sleep(0)
-    wrong = _misfits(view._core.state, code, limit)  # noqa: SLF001 -- as `entries_of`
+    wrong = _misfits(view._core.state, code, limit)  # noqa: SLF001 -- a view has no public call for its state
     if nl:
         for found in wrong:
             output.json(found._asdict())

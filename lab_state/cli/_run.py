@@ -49,7 +49,7 @@ def asynchronous(
 
 
 def _interrupt(_number: int, _frame: object) -> None:
-    """Raise the exception of Ctrl-C. asyncio replaces only the usual handler of Python, which does the same."""
+    """Raise the exception of Ctrl-C, as Python's default handler does. asyncio replaces the default handler, but not this one."""
     raise KeyboardInterrupt
 
 

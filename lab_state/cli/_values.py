@@ -103,7 +103,7 @@ async def dump(output: Output, state: Target, prefix: str, at: str | None, *, nl
 
 
 def _joined(items: list[tuple[str, Stored]], form: Callable[[str, Stored, bytes], bytes], between: bytes) -> bytes:
-    """Return the items in lines. A value has several lines only in a file of another program, so this is checked for all at once."""
+    """Return the items in lines. Only a file of another program has values of several lines. So one check covers all values."""
     data = between.join([form(key, stored, json_of(stored)) for key, stored in items])
     if data.count(b"\n") == len(items) - 1 and b"\r" not in data:
         return data

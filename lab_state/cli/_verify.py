@@ -47,7 +47,7 @@ def torn_bytes(data: bytes | None, name: str, path: str) -> int:
         return 0
     try:
         scan = journal.scan(data, name, path)
-    except StorageError:  # a process has replaced the journal meanwhile; the reading was whole
+    except StorageError:  # a process has replaced the journal since the state was read
         return 0
     return 0 if scan.is_ended else len(data) - scan.end
 

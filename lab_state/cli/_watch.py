@@ -58,7 +58,10 @@ async def watch(output: Output, state: Target, prefix: str, *, nl: bool) -> None
 
 
 async def _follow(storage: FileStorage, state: Target, printer: _Printer) -> int | None:
-    """Print the records that the owner of a shared state sends. Return the last revision when no process answers; `None` if none has."""
+    """Print the records that the owner of a shared state sends, until no process answers any longer. Return the last revision.
+
+    Return `None` if no process has answered at all.
+    """
     records: asyncio.Queue[bytes | None] = asyncio.Queue()
     client = Client(storage, state.name, lambda record: records.put_nowait(bytes(record)))
     try:
@@ -87,7 +90,7 @@ async def _print_records(client: Client, records: asyncio.Queue[bytes | None], p
 
 
 async def _fill(storage: Storage, name: str, printer: _Printer, last: int, until: int | None = None) -> int:
-    """Print the changes after a revision that the journal has, up to `until`, and return the last revision."""
+    """Print the changes that are in the journal: those after revision `last`, up to revision `until`. Return the last revision."""
     records = [decode_record(record) for record in (await storage.read(name)).records]
     if until is not None:
         records = [record for record in records if record.end <= until]
@@ -107,7 +110,7 @@ async def _poll(storage: Storage, state: Target, printer: _Printer, last: int | 
     seen = _fingerprint(storage, state)
     now = (await load(state.name, storage)).state
     if last is not None:
-        # Call this after the state was read. Otherwise neither of the two readings would have a change between them.
+        # This must come after the reading of the state. Otherwise a change between the two readings would not be printed.
         await _fill(storage, state.name, printer, last, now.revision)
     else:
         printer.note(f"watching {state} by its files, from revision {now.revision}")
@@ -138,7 +141,7 @@ def _fingerprint(storage: Storage, state: Target) -> object:
 async def advance(now: LoadedState, storage: Storage, name: str, prefix: str) -> tuple[LoadedState, list[Change]]:
     """Read a state again. Return it, and the changes since `now`.
 
-    Each record is shown, if the journal still has all of them. Otherwise the two moments are compared.
+    The changes are those of the records, if the journal still has all records since `now`. Otherwise the two moments are compared.
     """
     reading = await storage.read(name)
     found = newer(map(decode_record, reading.records), now.revision)

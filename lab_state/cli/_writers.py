@@ -44,7 +44,8 @@ class Writer(Protocol):
     async def replace(self, key: str, before: bytes, expires: int | None, value: Any, since: int) -> int:
         """Replace a value that was read at a revision, keep its expiry, and return the revision.
 
-        A state that is stopped has no record of each change. So there the value and the expiry are compared.
+        The files of a stopped state may not have a record of each change. So for a stopped state, the value and the expiry are
+        compared.
 
         Raises:
             ConflictError: The key was changed after it was read. Nothing was written.
@@ -71,7 +72,7 @@ async def writer(target: Target, *, create: bool = False, depose: bool = False) 
 
     Raises:
         Stop: The state is in a bucket, and `depose` is False.
-        LockedError: A process has the state open that does not share it.
+        LockedError: A process that does not share the state has it open.
         LabStateError: The state cannot be opened, or a change could not be written.
     """
     storage = storage_at(target.place, create=create)
@@ -96,7 +97,8 @@ async def writer(target: Target, *, create: bool = False, depose: bool = False) 
 async def _is_shared(client: Client | None, manager: Manager) -> bool:
     """Connect to the owner of a shared state, or start the manager. Return whether the client is connected.
 
-    An owner may end, and the next one may not listen yet. So both are tried for some time, if the holder of the lock shares the state.
+    An owner may end, and the next one may not listen yet. So connecting and starting are tried again for some time, if the holder
+    of the lock shares the state.
     """
     end = time.monotonic() + PATIENCE
     while True:
@@ -130,7 +132,7 @@ class Stopped:
         """Check that a key has not changed after a revision.
 
         Raises:
-            ConflictError: It has, or the journal does not reach back to that revision.
+            ConflictError: The key has changed, or the journal does not reach back to that revision.
         """
         reading = await storage_at(self._target.place).read(self._target.name)
         revision = self._manager.revision
@@ -163,7 +165,7 @@ class Stopped:
 
     async def load(self, items: Mapping[str, Item], *, replace: bool) -> int:
         """Store items as one change; see `Writer`."""
-        now = self._manager._core.state.now()  # noqa: SLF001 -- the time of the state
+        now = self._manager._core.state.now()  # noqa: SLF001 -- a manager has no public call for the time of its state
         plain, expiring = _split(items, now)
         async with self._manager.transaction() as draft:
             if replace:

@@ -155,7 +155,7 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
 
 
 def stop_of(served: Mapping[str, Served] | None) -> ServerStop:
-    """Return the event that ends a stream when the server stops. After this call, a signal that stops the server sets it.
+    """Return the event that ends a stream when the server stops. After this call, a signal that stops the server sets this event.
 
     Raises:
         LookupError: The application's lifespan does not run.

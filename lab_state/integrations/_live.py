@@ -60,7 +60,7 @@ class EndEvent:
 
     @contextmanager
     def calling(self, callback: Callable[[], object]) -> Generator[None]:
-        """Call a function when the event is set, or at once if it is set already. After the block, it is not called."""
+        """Call a function when the event is set, or at once if it is set already. After the block, the function is not called."""
         self._callbacks[callback] = None
         try:
             if self.is_set:

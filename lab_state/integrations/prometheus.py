@@ -110,7 +110,7 @@ def _read(manager: Manager) -> tuple[Status, Metrics] | None:
         return manager.status(), manager.metrics()
 
     try:
-        loop = manager._core.durability.loop  # noqa: SLF001 -- as `blocking` does
+        loop = manager._core.durability.loop  # noqa: SLF001 -- a manager has no public call for its event loop
     except ClosedError:
         return read()  # a manager without an event loop: `status` and `metrics` are safe in any thread
     if loop is _running_loop() or not loop.is_running():

@@ -57,7 +57,7 @@ class Election:
         self._doubts = _Doubts(clock)
 
     def ended(self, *, greeted: bool, has_copy: bool) -> None:
-        """Note that the connection from `role` has ended.
+        """Note that the connection that `role` returned has ended.
 
         Args:
             greeted: Whether an owner has answered on this connection. Then the time limit and the pauses begin again.
@@ -78,8 +78,8 @@ class Election:
         Raises:
             LockedError: The holder of the lock does not share the state, or did not answer for `owner_timeout` seconds.
                 This is raised only without a copy.
-            UnsupportedError: The files or the socket cannot be used. Or the holder runs on another machine, which is
-                raised only without a copy.
+            UnsupportedError: The files or the socket cannot be used. Without a copy, this is also raised if the holder
+                runs on another machine.
             UnavailableError: The files or the socket cannot be used at present.
         """
         while True:

@@ -16,7 +16,7 @@ class Executed(Generic[R]):
     """A call that was executed on the layer.
 
     Attributes:
-        at: The revision of the layer after the call. The answer waits until it is durable.
+        at: The revision of the layer after the call. The answer waits until this revision is durable.
         changed: Whether the call changed something.
         revision: The revision of the answer. If the call changed something, this is 0 until its record is durable.
         error: The error that the call raised; `None` if it returned.

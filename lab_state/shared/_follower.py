@@ -150,7 +150,7 @@ class Follower:
 
     @property
     def acknowledgement(self) -> int:
-        """The highest number such that the client needs no answer to this call and to all calls before it."""
+        """The highest number such that the client needs no answer to the call with this number, nor to any call before it."""
         return self._port.acknowledgement
 
     def calls_to_send(self) -> Iterable[bytes | memoryview]:

@@ -43,7 +43,7 @@ class OwnerLayer(Layered):
         self.copy: State = copy
         self.on_applied: Applied | None = None
         self._middle = Layered(copy)
-        # Whether any key of these changes expires. They need no index.
+        # Whether any changed key expires: in the top map, and in the middle map. The layer has no index of expiries.
         self._has_times = self._middle_has_times = False
         self._swept_at = 0  # the revision of the layer at the last sweep
         super().__init__(self._middle)

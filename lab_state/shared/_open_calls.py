@@ -1,8 +1,8 @@
 """The calls of a client that have no answer yet. An open call has a number; the other calls wait for a number. Pure.
 
-Calls get their numbers in the order of `submit`. A call waits while its number would be more than `SPAN`
-above the acknowledgement, or while the open calls have too many bytes: the window has no room for it. A call
-keeps its number when it is sent again. Each call, each sign of life and the farewell have the acknowledgement.
+Calls get their numbers in the order of `submit`. The open calls are in a *window*. A call waits while the window has no
+room for it: while its number would be more than `SPAN` above the acknowledgement, or while the open calls have too
+many bytes. A call keeps its number when it is sent again. Each call, each sign of life and the farewell have the acknowledgement.
 The acknowledgement is one less than the lowest open number, so it never covers a call that may be sent again.
 
 A call may have a check. The revision `since` of the check comes from the copy or from a refusal. A refusal
@@ -92,7 +92,7 @@ class OpenCalls(Generic[C]):
 
     @property
     def acknowledgement(self) -> int:
-        """The highest number such that the client needs no answer to this call and to all calls before it."""
+        """The highest number such that the client needs no answer to the call with this number, nor to any call before it."""
         return next(iter(self._open)) - 1 if self._open else self._last
 
     def submit(self, call: C, size: int, since: int | None = None, refused_on: int | None = None) -> OpenCall[C]:

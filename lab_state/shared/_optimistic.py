@@ -72,7 +72,7 @@ class OptimisticDraft(Draft):
         self.keys: set[str] = set()
         self.prefixes: set[str] = set()
         self.has_conflict: bool = False
-        self._stale: set[str] | None = set()  # the keys of the base that have changed; `None`: any key may have
+        self._stale: set[str] | None = set()  # the keys of the base that have changed; `None`: any key may have changed
         super().__init__(base)
         self.entries = LayeredEntries(_Noted(self), self.changes)
 

@@ -289,7 +289,7 @@ class SharedPort(DataCalls):
 
     @property
     def acknowledgement(self) -> int:
-        """The highest number such that the client needs no answer to this call and to all calls before it."""
+        """The highest number such that the client needs no answer to the call with this number, nor to any call before it."""
         return self.calls.acknowledgement
 
     def follow(self, send_soon: Callable[[], object], ask: Callable[[int], object]) -> None:

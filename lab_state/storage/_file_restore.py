@@ -1,4 +1,4 @@
-"""Restore a state on disk: its lock, the link of its files, and the highest revision in them. The calls block.
+"""The steps of a restore on disk: lock the state, link its files, and find the highest revision in them. The calls block.
 
 The writer of a restore loads nothing. Its first commit puts a journal with the whole restored state in place, by
 rule 6 of `docs/design/disk.md`. The rename of this journal is the moment of the restore. So the present snapshot

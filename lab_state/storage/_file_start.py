@@ -172,7 +172,7 @@ def _named_base(path: str, found: lookup.Fingerprint | None, scan: Scan) -> str 
 
 
 def _warn_if_stripped(path: str, snapshot: bytes) -> None:
-    """Log a warning if a snapshot has no reserved member, although a journal of this state is beside it, which follows another one."""
+    """Log a warning if a snapshot has no reserved member. The journal beside it follows another snapshot."""
     if _RESERVED not in snapshot:
         _logger.warning(
             "%s has no member $lab_state any longer, so it was replaced or edited: revisions begin at 0, and keys that had an expiry time "

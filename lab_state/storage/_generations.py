@@ -5,9 +5,10 @@
     <first revision, 20 digits>-<wall>-<base>.json               a snapshot
     <first revision, 20 digits>-<wall>-<salt>-<base>.journal     a journal
 
-`base` is the name of the snapshot by its bytes; see `_journal.base_of`. In the name of a journal, it is the base in its
-header: `none` without a snapshot, and `full` for a journal that starts with the whole state. The first revision is that of the
-snapshot, or of the whole state; with `none` it is 0. `wall` is the recorded time: that of the snapshot, or of the header.
+`base` names a snapshot by its size and checksum; see `_journal.base_of`. The file name of a journal has the base that is in
+the header of the journal: `none` without a snapshot, and `full` for a journal that starts with the whole state. The first
+revision is that of the snapshot, or of the whole state; with `none` it is 0. `wall` is the recorded time: that of the
+snapshot, or of the header.
 
 So the names alone show which files form a generation. The last revision is in no name, because a file that was
 linked early still grows.
@@ -46,7 +47,7 @@ class HistoryFile(NamedTuple):
     Attributes:
         first: The revision of the state at the start of the file.
         wall: The recorded time, in milliseconds since 1970; 0 if it is not recorded.
-        base: The snapshot: this one, or the one that this journal follows. As in a header, it may be `NO_BASE` or `ANY_BASE`.
+        base: The base of this snapshot, or of the snapshot that this journal follows. For a journal, it may be `NO_BASE` or `ANY_BASE`.
         salt: The salt of a journal, or its substitute; empty for a snapshot.
     """
 
@@ -69,7 +70,7 @@ def snapshot_file(first: int, wall: int, base: str) -> HistoryFile:
 def journal_file(first: int, wall: int, base: str, salt: str) -> HistoryFile:
     """Return the description of a journal. For the arguments, see `HistoryFile`.
 
-    A salt that lab_state has not made may be unsafe as a part of a file name. Then its checksum takes its place.
+    A salt that lab_state has not made may be unsafe as a part of a file name. So the checksum of such a salt replaces it.
     """
     return HistoryFile(
         first, max(0, wall), base, salt if _SALT.fullmatch(salt) else f"{zlib.crc32(salt.encode()):016x}"
@@ -188,8 +189,8 @@ _decode_record = msgspec.json.Decoder(_Record).decode
 def moment_of_snapshot(end: bytes) -> Moment | None:
     """Return the revision and the time of a snapshot, from its last bytes, or from all of them.
 
-    Return `None` if these bytes do not have the whole reserved member. Then pass more of them. If they are the whole
-    snapshot, another program or a person wrote it, and it is loaded as revision 0.
+    Return `None` if these bytes do not have the whole reserved member. Then pass more bytes. If these bytes are the whole
+    snapshot, another program or a person wrote the snapshot, and it is loaded as revision 0.
     The member is not checked against the checksum of the snapshot.
     """
     at = len(end)
@@ -221,7 +222,7 @@ def moment_of_record(record: bytes) -> Moment | None:
 
 
 def revision_of_record(record: bytes) -> int | None:
-    """Return the last revision of a record. Return `None` if it is not a record. The cost does not depend on its size."""
+    """Return the last revision of a record. Return `None` if it is not a record. The cost does not depend on the size of the record."""
     if (found := _REVISIONS.match(record)) is not None:
         return int(found[1])
     moment = moment_of_record(record)
@@ -248,9 +249,12 @@ class Span(NamedTuple):
 
 
 def holes(spans: Sequence[Span]) -> list[bool]:
-    """Return for each generation whether a hole is before it: revisions that no generation has. The oldest is first.
+    """Return for each generation whether there is a hole before it. A hole consists of revisions that no generation has.
 
-    A generation may begin with the revision after the last one before it. Then no revision is missing.
+    There is no hole before a generation that begins with the revision after the last revision of the generations before it.
+
+    Args:
+        spans: The generations, the oldest first.
     """
     found: list[bool] = []
     reached: int | None = None

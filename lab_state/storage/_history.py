@@ -110,7 +110,8 @@ class History(Protocol):
     async def read(self, name: str, generation: FoundGeneration) -> Reading:
         """Read one generation, and no other one. Each record of a generation that is not in use is durable.
 
-        The generation in use is read as by `Storage.read`. A later one may have replaced the listed one meanwhile.
+        The generation in use is read as by `Storage.read`. If a checkpoint has begun a later generation since the listing, that
+        generation is read.
 
         Raises:
             GoneError: The generation was pruned or replaced since it was listed.
@@ -192,7 +193,7 @@ def catalog_of(storage: object) -> Catalog:
         UnsupportedError: The storage cannot list its states.
     """
     if isinstance(storage, _HasCatalog) and not isinstance(storage, type):
-        return storage._catalog()  # noqa: SLF001 -- as in `history_of`
+        return storage._catalog()  # noqa: SLF001 -- the storages of this package have it for this function
     raise UnsupportedError(f"{_kind(storage)} cannot list or remove its states: use its own tools")
 
 

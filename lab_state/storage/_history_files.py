@@ -1,6 +1,6 @@
-"""The files of a history on disk: which files of a state belong into it, and the links. The calls block.
+"""Find the files of a state that belong into its history on disk, and link them. The calls block.
 
-A file of the history is never linked into the place of a state, because an edit of one would change both. A restore copies it.
+A restore copies a file of the history. It does not link the file: an edit of the restored file would change the history, too.
 """
 
 from __future__ import annotations

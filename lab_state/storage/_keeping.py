@@ -43,12 +43,13 @@ class Keeping:
 class KeptHistory:
     """The history of one state. The worker for checkpoints and the worker for commits call the methods.
 
-    A file that cannot be linked never makes a commit or a checkpoint fail. It is logged and counted, and leaves a hole.
+    If a file cannot be linked, the commit or the checkpoint succeeds all the same. The failure is logged and counted, and the
+    history has a hole.
 
     Attributes:
         failures: The number of such failures since the start.
-        generations: The number of generations at the last look, without the one in use.
-        bytes: The number of their bytes.
+        generations: The number of generations when they were last counted, without the one in use.
+        bytes: The number of bytes of these generations.
         is_due: Whether a checkpoint has ended since the last call of `prune`.
     """
 

@@ -35,9 +35,9 @@ class Limits(NamedTuple):
 def to_prune(kept: Sequence[Held], in_use: int, limits: Limits, now: int, added: int) -> int:
     """Return the number of generations to delete, from the oldest one on.
 
-    A generation is deleted if the next one is older than the length of the history. So each moment of that time can be
-    read. It is also deleted if all generations together have too many bytes. At most two are deleted for each one that was
-    added. So a clock that was set forward by mistake does not empty the history.
+    A generation is deleted if the next generation is older than the length of the history. So each moment within this length
+    can still be read. A generation is also deleted if all generations together have too many bytes. At most two generations
+    are deleted for each one that was added. So a clock that was set forward by mistake does not empty the history.
 
     A time that is not recorded is not used. A time after `now` is not used either, because the clock was set back since then.
     The time of the next generation takes its place.

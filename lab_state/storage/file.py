@@ -206,7 +206,7 @@ def files_of(storage: FileStorage) -> SharedFiles:
 
 def paths_of(storage: FileStorage, name: str) -> Paths:
     """Return the paths of the files of a state. A relative directory is resolved now."""
-    return Paths.of(os.path.realpath(folder.absolute(storage._directory)), name)  # noqa: SLF001 -- as in `files_of`
+    return Paths.of(os.path.realpath(folder.absolute(storage._directory)), name)  # noqa: SLF001 -- `FileStorage` is in this module, and this is not for its users
 
 
 def _give_up(opening: Future[tuple[Writer, Recovery]]) -> None:

@@ -185,7 +185,7 @@ class S3Storage:
 
     async def _run(self, name: str, work: Callable[[Requests, Names], Awaitable[R]]) -> R:
         """Call a function with new connections to the store, and with the names of a state."""
-        # This is a separate task, as in `open`.
+        # This is a separate task. So it is ended completely, even if the caller is cancelled a second time.
         working = asyncio.create_task(self._work(Names.of(self._bucket, self._prefix, name), work))
         try:
             return await asyncio.shield(working)
@@ -251,8 +251,8 @@ class S3Storage:
         return opened
 
     async def _open_session(self, store: Requests, names: Names, let_go: Callable[[], None]) -> S3Session:
-        from lab_state.storage.s3._open import open_state  # noqa: PLC0415 -- see _import
-        from lab_state.storage.s3._session import S3Session  # noqa: PLC0415 -- see _import
+        from lab_state.storage.s3._open import open_state  # noqa: PLC0415 -- it needs an extra
+        from lab_state.storage.s3._session import S3Session  # noqa: PLC0415 -- it needs an extra
 
         session = S3Session(store, names, await open_state(store, names), let_go, self._limits)
         session.place = _Claim.key_of(self._endpoint_url, names)
@@ -260,8 +260,8 @@ class S3Storage:
 
     async def _requests(self, thread: S3Threads) -> Requests:
         await asyncio.get_running_loop().run_in_executor(thread, _import)
-        from lab_state.storage.s3._client import Requests  # noqa: PLC0415 -- see _import
-        from lab_state.storage.s3._connect import connect  # noqa: PLC0415 -- see _import
+        from lab_state.storage.s3._client import Requests  # noqa: PLC0415 -- it needs an extra
+        from lab_state.storage.s3._connect import connect  # noqa: PLC0415 -- it needs an extra
 
         def connecting() -> Any:
             return connect(self._session, self._config, self._endpoint_url, self._region_name, thread)
@@ -270,7 +270,7 @@ class S3Storage:
 
 
 async def _read_objects(store: Requests, names: Names) -> Reading:
-    from lab_state.storage.s3._read import read_objects  # noqa: PLC0415 -- see _import
+    from lab_state.storage.s3._read import read_objects  # noqa: PLC0415 -- it needs an extra
 
     return await read_objects(store, names)
 

@@ -1,8 +1,8 @@
 """The history and the list of the states of an `S3Storage`; see `storage/_history`.
 
-The modules that import the client are imported in each call; see `_import` of `S3Storage`.
+The modules that need the extra `s3` are imported only inside the calls.
 """
-# ruff: noqa: PLC0415 -- see above
+# ruff: noqa: PLC0415 -- these modules need an extra
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ class Run(Protocol):
 
 
 class Open(Protocol):
-    """A function that claims a state, and calls another one to open it. That one gets a function for the end of the session."""
+    """A function that claims a state, and calls another function, which opens it.
+
+    The other function gets a callback, which the session must call at its end.
+    """
 
     async def __call__(
         self, name: str, opening: Callable[[Requests, Names, Callable[[], None]], Awaitable[C]], /

@@ -361,7 +361,7 @@ class Requests:
     # Copying
 
     async def copy(self, source: str, target: str, etag: str) -> bool:
-        """Copy an object within the store, on the condition that it has an ETag.
+        """Copy an object within the store, on the condition that the object has this ETag.
 
         If the outcome is unknown, copy again. This does no harm, because both copies are the same. If the store honours the
         condition, a request that arrives late does no harm either, for the same reason.

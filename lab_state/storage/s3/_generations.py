@@ -1,7 +1,7 @@
 """The generations of a state in S3: their list, and the reading of one. Nothing is written.
 
 1. LIST the older snapshots.
-2. Look at the snapshot in use: its end, and the numbers above the one that it covers.
+2. Look at the snapshot in use: its end, and the numbers above that of the last record that it covers.
 3. For each older snapshot, fetch its end, which has its revision and its time, and LIST the records after it.
 4. HEAD the snapshot in use. If it was replaced meanwhile, begin again.
 
@@ -48,7 +48,10 @@ class Part(NamedTuple):
 
 
 class Begin(NamedTuple):
-    """The beginning of a generation: its snapshot, the number that it covers, its first moment, and the size of the snapshot."""
+    """The beginning of a generation.
+
+    It has the snapshot, the number of the last record that the snapshot covers, the first moment, and the size of the snapshot.
+    """
 
     older: Older | None
     seq: int

@@ -36,7 +36,7 @@ END_BYTES = 4096
 
 _MOST_PAGES = 100
 _LEAST_BYTES = 1024 * 1024
-_MOST_NUMBERS = 1024  # a reader fetches so many records; this takes some seconds
+_MOST_NUMBERS = 1024  # a reader fetches this number of records in some seconds
 
 
 class Keeper:
@@ -66,11 +66,14 @@ class Keeper:
     # Keeping
 
     async def keep(self, etag: str, seq: int, size: int) -> None:
-        """Copy the present snapshot, if it still has an ETag, and if enough records came since the last copy.
-
-        `seq` is the number of the last record that it covers, and `size` its number of bytes.
+        """Copy the present snapshot into the history, if it still has the given ETag, and if enough records came since the last copy.
 
         A failure is logged and counted, and not raised.
+
+        Args:
+            etag: The ETag.
+            seq: The number of the last record that the snapshot covers.
+            size: The number of bytes of the snapshot.
         """
         if self._goes_on(seq, size):
             return
@@ -95,14 +98,14 @@ class Keeper:
         return seq - older.seq < _MOST_NUMBERS and records < max(_LEAST_BYTES, size)
 
     async def keep_or_raise(self, etag: str, seq: int) -> bool:
-        """Copy the present snapshot as `keep` does. Return whether the history has it.
+        """Copy the present snapshot as `keep` does, but whatever came since the last copy. Return whether the history has the snapshot.
 
         Raises:
-            StorageError: It could not be copied.
+            StorageError: The snapshot could not be copied.
         """
         source = await self._store.get_end(self._names.snapshot, END_BYTES)
         if source is None or source[0].etag != unquoted(etag):
-            return False  # another writer has replaced or deleted it, and the checkpoint finds this out
+            return False  # another writer has replaced or deleted the snapshot, and the checkpoint will notice this
         found, end = source
         moment = moment_of_snapshot(end)
         wall = moment.wall if moment is not None else 0

@@ -2,7 +2,7 @@
 
 1. Check that the store honours conditions. This uses a separate object, the probe. Also check whether
    the store accepts deletions. If it does not, a warning is shown, and the start goes on.
-2. Load: GET the snapshot, LIST the records after the number that it covers, and GET them. If a
+2. Load: GET the snapshot, LIST the records after the last one that it covers, and GET them. If a
    number is missing, a checkpoint may have deleted that record meanwhile. In that case the snapshot
    has changed, too: load again. If four loads find the same snapshot and fail, the state is damaged,
    and the start fails before step 3. A fence above the missing numbers would do harm. Suppose that the

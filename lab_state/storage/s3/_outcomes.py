@@ -227,7 +227,7 @@ READS = (
     "s3:GetObject on the objects, or s3:ListBucket on the bucket; without s3:ListBucket the store does not report a "
     "missing object as missing"
 )
-"""The permissions for a GET or a HEAD. The other constants are for other requests."""
+"""The permissions that a GET or a HEAD needs. The next constants name the permissions for other requests."""
 
 LISTS = "s3:ListBucket on the bucket"
 WRITES = "s3:PutObject on the objects, and s3:GetObject to replace one"

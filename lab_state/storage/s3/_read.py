@@ -1,6 +1,6 @@
 """Read a state in S3 while a writer may have it open. There is no fence and no probe, and nothing is written.
 
-1. Load as a start does: GET the snapshot, LIST the records after the number that it covers,
+1. Load as a start does: GET the snapshot, LIST the records after the last one that it covers,
    and GET them. No number may be missing up to the last number in the list.
 2. HEAD the snapshot. If it was replaced meanwhile, go back to step 1.
 

@@ -2,8 +2,8 @@
 
 1. Check that the store honours conditions.
 2. Create a fence above all records and fences, also if numbers are missing. Then look again, as a start does.
-3. Copy the snapshot into the history, or a state that cannot be loaded into `<name>.damaged-<time>/`. If this fails, nothing was
-   changed, except for the fence.
+3. Copy the snapshot into the history. If the state cannot be loaded, copy its objects to `<name>.damaged-<time>/` instead. If a
+   copy fails, nothing was changed, except for the fence.
 4. Replace the snapshot, as a checkpoint does. The new snapshot covers the number of the fence. So the records below it are
    records of the history. Then delete objects whose number no writer reaches, since no start succeeds beside them.
 """
@@ -45,7 +45,8 @@ class _Found(NamedTuple):
 
     Attributes:
         present: The object of the snapshot; `None` if there is none.
-        seq: The number that the snapshot covers. If it cannot be read, that of the newest older snapshot.
+        seq: The number of the last record that the snapshot covers. If the snapshot cannot be read, the number in the key of
+            the newest older snapshot.
         revision: The revision of the snapshot; 0 if it is not known.
         listed: The sizes of the records and fences above `seq`, by number, without the fence of this writer.
         strays: The keys of objects whose number no writer reaches. They are not part of the state, and no start succeeds beside them.
@@ -183,7 +184,7 @@ class S3Restoring:
         """Keep the stored state. Then put an object in its place which shows that the state was removed.
 
         Raises:
-            StorageError: The state could not be kept, or not be replaced. Then it is the old one, or it is removed.
+            StorageError: The state could not be kept, or not be replaced. Then the state is the old one, or it is removed.
         """
         present = self._found.present
         if present is not None and not await self._keeper.keep_or_raise(present.etag, self._found.seq):
