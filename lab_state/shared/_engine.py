@@ -52,6 +52,7 @@ from lab_state.shared._messages import (
     Touch,
 )
 from lab_state.shared._results import PendingResults, RecordCalls, Result, ResultTable, needs_forgetting
+from lab_state.shared._value_checks import ValueChecks
 
 C = TypeVar("C", bound=Hashable)
 R = TypeVar("R")
@@ -134,7 +135,7 @@ class Engine(Generic[C]):
             layer: The layer. It has no changes yet. Its copy has the loaded state and the table of results.
                 The engine sets `on_applied` of the layer.
             monotonic_ns: A function that returns the time of `CLOCK_MONOTONIC`, in nanoseconds.
-            value_check: See `CallCore`. Values that other processes have encoded are not checked again.
+            value_check: See `CallCore`. Another process checks its values itself, unless it has no schema.
         """
         self.is_ending: bool = False
         self._layer = layer
@@ -149,6 +150,7 @@ class Engine(Generic[C]):
         self._end: float = math.inf  # the revision at which the record under way ends
         self._core = _LayerCore(layer)
         self._core.value_check = value_check
+        self._value_checks = ValueChecks(value_check)
         self._calls = _MessageCalls(self._core, "")
         layer.on_applied = self._note
 
@@ -166,9 +168,15 @@ class Engine(Generic[C]):
 
     # Clients
 
-    def admit(self, client: str, heard: int | None) -> bool:
-        """Note a new connection of a client. Return False if the client may have been forgotten; see `Clients.admit`."""
-        return self.clients.admit(client, heard, self._now())
+    def admit(self, client: str, heard: int | None, *, checks: bool = True) -> bool:
+        """Note a new connection of a client. Return False if the client may have been forgotten; see `Clients.admit`.
+
+        `checks` says whether the client checks its values itself.
+        """
+        is_known = self.clients.admit(client, heard, self._now())
+        if is_known and not checks:
+            self._value_checks.add(client)
+        return is_known
 
     def disconnect(self, client: str) -> None:
         """Note the end of the last connection of a client."""
@@ -189,6 +197,7 @@ class Engine(Generic[C]):
             self._forget(client)
 
     def _forget(self, client: str) -> None:
+        self._value_checks.forget(client)
         if needs_forgetting(client, self._table, self._pending):
             self._pending.forget(client)
 
@@ -207,7 +216,7 @@ class Engine(Generic[C]):
         """
         if (known := self._known(connection, client, call)) is not _NEW:
             return known
-        return self._keep(connection, client, call.n, self.execute(call))
+        return self._keep(connection, client, call.n, self.execute(call, client))
 
     def call_in_steps(self, connection: C, client: str, call: Call) -> Generator[None, None, Answer | None]:
         """Execute a call of a client as `call` does, and yield between two steps.
@@ -216,7 +225,7 @@ class Engine(Generic[C]):
         """
         if (known := self._known(connection, client, call)) is not _NEW:
             return known
-        return self._keep(connection, client, call.n, (yield from self.execute_in_steps(call)))
+        return self._keep(connection, client, call.n, (yield from self.execute_in_steps(call, client)))
 
     def _known(self, connection: C, client: str, call: Call) -> Answer | Literal[_Found.NEW] | None:
         """Return the answer to a call that was executed before; `None` if the answer comes later. Return `_NEW` if the call is to be executed."""
@@ -246,16 +255,17 @@ class Engine(Generic[C]):
         """Return the durable result of a call; `None` if there is none. A new owner uses this for the calls of its own tasks."""
         return self._table.find(client, number)
 
-    def execute(self, call: Call) -> Executed[bytes] | Refused:
+    def execute(self, call: Call, client: str | None = None) -> Executed[bytes] | Refused:
         """Execute a call on the layer, without looking for an earlier execution. Its result is JSON.
 
         If the check of the call does not hold, return a refusal. A `TypeMismatchError` or an `InvalidValueError`
-        that the stored value causes is in the result. Then nothing was changed.
+        that a value causes is in the result. Then nothing was changed. `client` is `None` for a call of the owner.
         """
         before = self._layer.revision
         if isinstance(call, MakeChanges) and not self._holds(call):
             return Refused(call.n, before, self._values(call.keys))
         try:
+            self._value_checks.run(client, call)
             result = encode(self._apply(call))
         except (TypeMismatchError, InvalidValueError) as error:
             return Executed(before, None, error, changed=False)
@@ -274,10 +284,12 @@ class Engine(Generic[C]):
         """Return whether a call has so many keys that it is executed in steps."""
         return is_large(call, self._layer)
 
-    def execute_in_steps(self, call: Call) -> Generator[None, None, Executed[bytes] | Refused]:
+    def execute_in_steps(
+        self, call: Call, client: str | None = None
+    ) -> Generator[None, None, Executed[bytes] | Refused]:
         """Execute a call as `execute` does, and yield between two steps; see `call_in_steps`."""
         if not self.is_large(call):
-            return self.execute(call)
+            return self.execute(call, client)
         layer = self._layer
         before, cleared, parts = layer.revision, False, parts_of(call, layer)
         if isinstance(call, DeleteAll):
@@ -286,6 +298,8 @@ class Engine(Generic[C]):
             if not (yield from self._recent.hold_in_steps(call.since, call.keys, call.prefixes)):
                 return Refused(call.n, before, self._values(call.keys))
             cleared = call.changes.clear and (bool(call.changes.set) or len(layer.entries) > 0)
+        if (error := (yield from self._value_checks.run_in_steps(client, call))) is not None:
+            return self._executed(before, None, error)
         count = yield from layer.apply_in_steps(parts, cleared=cleared)
         return self._executed(before, encode(count if isinstance(call, DeleteMany | DeleteAll) else None))
 

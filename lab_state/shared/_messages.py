@@ -40,6 +40,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         client: The id of the client.
         revision: The revision of the client's copy; `None` if it has none.
         heard: The time in the last message that the client got from an owner, in nanoseconds; `None` before the first.
+        checks: Whether the client checks its values against the types of its own schema. Otherwise the owner does it.
     """
 
     lab_state: Literal["shared"] = "shared"
@@ -48,6 +49,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     client: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
     revision: Count | None
     heard: Count | None
+    checks: bool = True
 
 
 class Starting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -255,7 +255,7 @@ class Owner:
         return Welcome(
             host=holder.host,
             pid=holder.pid,
-            known=flusher.engine.admit(hello.client, hello.heard),
+            known=flusher.engine.admit(hello.client, hello.heard, checks=hello.checks),
             epoch=self._copy.epoch,
             revision=self.durable_revision,
             load=lacks,

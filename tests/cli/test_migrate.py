@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from commanded import Kind, World
+from commanded import Kind, World, script
 
-from lab_state import Config, FileStorage, Manager, read_state
+from lab_state import Config, FileStorage, Manager, Schema, read_state
 
 APP = """
 import msgspec
@@ -188,3 +188,26 @@ async def test_a_state_in_a_bucket(tmp_path: Path) -> None:
     done = await world.run("migrate", "--depose", "app:schema", world.state)
     assert done.out == "migrated from version 1 to 3; revision 3\n"
     assert (await read_state("shop", world.storage())).schema == 3
+
+
+async def test_the_owner_checks_what_the_command_writes(tmp_path: Path) -> None:
+    """A running shared state refuses a value that is not of its type in the schema of the owner. Nothing is written. A text is kept."""
+    world = World("shared", tmp_path)
+    config = Config(name="shop", shared=True)
+    schema = Schema(1, types={"stock/": int})
+    lines = "".join(f'{{"key":"stock/{number}","value":{number}}}\n' for number in range(1500))
+    async with Manager(config, world.storage(), schema=schema) as state:
+        assert (await world.run("set", world.state, "stock/apple", "12")).code == 0
+        assert (await world.run("set", world.state, "name", '"x"')).code == 0
+        refused = await world.run("set", world.state, "stock/apple", '"x"')
+        assert (refused.code, refused.out) == (2, "")
+        assert "the value of 'stock/apple' does not fit the schema: not a `int`" in refused.err
+        assert (await world.run("set", world.state, "stock/apple", '"x"', "--if", "2")).code == 2
+        wrong = await world.run("load", "--nl", world.state, given=lines + '{"key":"stock/x","value":"x"}\n')
+        assert (wrong.code, wrong.out) == (2, "")
+        env = {"EDITOR": script(tmp_path / "editor", 'echo "[]" > "$1"'), "TMPDIR": str(tmp_path)}
+        edited = await world.run("edit", world.state, "stock/apple", env=env)
+        assert (edited.code, "your text is kept in" in edited.err) == (2, True)
+        assert (await state.get_all(), state.revision) == ({"stock/apple": 12, "name": "x"}, 2)
+        assert (await world.run("load", "--nl", world.state, given=lines)).code == 0
+        assert (len(state), state.revision) == (1502, 3)

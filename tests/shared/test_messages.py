@@ -46,7 +46,7 @@ CALLS: list[tuple[m.Call, str]] = [
 OTHERS: list[tuple[m.FromClient, bytes]] = [
     (
         HELLO,
-        b'H{"lab_state":"shared","protocol":1,"name":"visits","client":"%s","revision":41,"heard":null}'
+        b'H{"lab_state":"shared","protocol":1,"name":"visits","client":"%s","revision":41,"heard":null,"checks":true}'
         % CLIENT.encode(),
     ),
     (m.Life(17), b"L\0\0\0\0\0\0\0\x11"),
