@@ -1,4 +1,4 @@
-"""An aiohttp application that counts visits, each durable before it is answered.
+"""An aiohttp application that counts visits. It answers when the visit is durable.
 
 Run it with `python aiohttp_app.py`; the state is in `$STATE_DIRECTORY`, the port is `$PORT`.
 """
@@ -34,7 +34,7 @@ def make_app() -> web.Application:
     )
     app = web.Application()
     setup(app, visits)
-    errors(app)  # a write that failed is 503, a bad key 422
+    errors(app)  # after a failed write, the answer is 503; for a bad key, it is 422
     app.add_routes(routes)
     app.router.add_get("/health", health())
     return app

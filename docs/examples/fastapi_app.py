@@ -1,4 +1,4 @@
-"""A FastAPI application that counts visits, each durable before it is answered.
+"""A FastAPI application that counts visits. It answers when the visit is durable.
 
 Run it with `uvicorn fastapi_app:app`; the state is in `$STATE_DIRECTORY`.
 """
@@ -20,7 +20,7 @@ visits = Manager(
 )
 app = FastAPI(lifespan=lifespan(visits))
 app.add_api_route("/health", health())
-errors(app)  # a write that failed is 503, a bad key 422
+errors(app)  # after a failed write, the answer is 503; for a bad key, it is 422
 
 Visits = Annotated[Manager, Depends(manager("visits"))]
 Total = Annotated[Entry[int], Depends(entry("total", int, default=0))]
@@ -32,7 +32,7 @@ async def visit(page: str, state: Visits) -> int:
 
 
 @app.get("/visits")
-def pages(state: Visits) -> dict[str, int]:  # a plain function runs in a thread: `blocking`
+def pages(state: Visits) -> dict[str, int]:  # FastAPI runs a plain function in a thread, so use `blocking`
     return state.blocking.get_all("page/", type=int)
 
 

@@ -1,4 +1,4 @@
-"""A Litestar application that counts visits, each durable before it is answered, with sessions that outlive it.
+"""A Litestar application that counts visits. It answers when the visit is durable. Sessions survive a restart.
 
 Run it with `uvicorn litestar_app:app`; the state is in `$STATE_DIRECTORY`.
 """
@@ -43,8 +43,8 @@ async def mine(request: Request[Any, Any, Any]) -> int:
 app = Litestar(
     [visit, pages, mine, health()],
     plugins=[LabStatePlugin(visits=manager)],
-    exception_handlers=errors(),  # a write that failed is 503, a bad key 422
-    # Sessions, rate limits and cached responses, each in a namespace of its own.
+    exception_handlers=errors(),  # after a failed write, the answer is 503; for a bad key, it is 422
+    # Sessions, rate limits and cached responses are in separate namespaces.
     stores=StoreRegistry(default_factory=LabStateStore(manager.namespace("litestar")).with_namespace),
     middleware=[ServerSideSessionConfig().middleware],
 )

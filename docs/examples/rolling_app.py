@@ -1,4 +1,4 @@
-"""A FastAPI application on S3 for rolling deployments: a process that a newer one has deposed ends itself.
+"""A FastAPI application on S3 for rolling deployments: when a newer process deposes a process, the older one ends itself.
 
 Run it with `uvicorn rolling_app:app`; the state is in the bucket `$BUCKET`.
 """
@@ -15,10 +15,10 @@ from lab_state.integrations.fastapi import errors, health, lifespan
 
 
 def end_process(_: FencedError) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)  # as `kubectl delete pod` does: the server ends gracefully
+    os.kill(os.getpid(), signal.SIGTERM)  # `kubectl delete pod` sends the same signal: the server ends gracefully
 
 
-# flush_interval=0: what is answered is durable, so a process that is deposed has promised nothing that is lost.
+# flush_interval=0: each answered write is durable, so no answered write is lost when the process is deposed.
 visits = Manager(
     Config(name="visits", flush_interval=0),
     S3Storage(os.environ.get("BUCKET", "my-bucket")),
@@ -26,7 +26,8 @@ visits = Manager(
 )
 app = FastAPI(lifespan=lifespan(visits))
 app.add_api_route("/health", health())
-errors(app)  # a write that failed is 503. Fenced: the same request, a second later, reaches the new process
+# After a failed write, the answer is 503. If this process is fenced, a client that tries again reaches the new one.
+errors(app)
 
 
 @app.post("/visits/{page}")

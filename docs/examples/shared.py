@@ -1,8 +1,8 @@
 """One state, many processes: the writer, and the web workers that read its mirror in Redis.
 
 Run `uvicorn shared:writer --port 8001` once, and `uvicorn shared:worker --port 8000 --workers 4`.
-The state is in `$STATE_DIRECTORY`; Redis is at `$REDIS_URL`; `$WRITER_URL` is where the
-workers find the writer.
+The state is in `$STATE_DIRECTORY`. `$REDIS_URL` is the URL of Redis. `$WRITER_URL` is the URL of the writer, for the
+workers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ writer = FastAPI(lifespan=lifespan(state))
 
 @writer.put("/{key}")
 async def put(key: str, value: int) -> int:
-    return await state.set(key, value)  # durable, and its revision
+    return await state.set(key, value)  # returns the revision, when the change is durable
 
 
 # The workers
@@ -68,4 +68,4 @@ async def get(key: str, response: Response) -> int:
 async def change(key: str, value: int, request: Request) -> int:
     answer = await request.app.state.client.put(f"/{key}", params={"value": value})
     await reader.wait_revision(answer.raise_for_status().json())
-    return await reader.get(key, type=int)  # what was just written, or something newer
+    return await reader.get(key, type=int)  # the value that was just written, or a newer one

@@ -1,4 +1,4 @@
-"""A Starlette application that counts visits, each durable before it is answered.
+"""A Starlette application that counts visits. It answers when the visit is durable.
 
 Run it with `uvicorn starlette_app:app`; the state is in `$STATE_DIRECTORY`.
 """
@@ -39,4 +39,4 @@ app = Starlette(
     ],
     lifespan=lifespan(visits),
 )
-errors(app)  # a write that failed is 503, a bad key 422
+errors(app)  # after a failed write, the answer is 503; for a bad key, it is 422

@@ -17,14 +17,14 @@ visits = Manager(Config("visits", shared=True), FileStorage(os.environ.get("STAT
 app = FastAPI(lifespan=lifespan(visits))
 app.add_middleware(ReadYourWrites)  # a client reads its own visit in each worker
 app.add_api_route("/health", health())
-errors(app)  # without an owner for 10 s, a write is 503
+errors(app)  # if there is no owner for 10 s, the answer to a write is 503
 
 RequestId = Annotated[str, Header(alias="Idempotency-Key", min_length=1, max_length=100)]
 
 
 @app.post("/visits/{page}")
 async def visit(page: str, request_id: RequestId) -> int:
-    """Count a visit, and return the count. A client without an answer sends the request again, with the same id."""
+    """Count a visit, and return the count. A client that gets no answer sends the request again, with the same id."""
 
     def count(tx: Transaction) -> int:
         counted = tx.get(f"request/{request_id}", None, type=int)

@@ -84,7 +84,7 @@ class Contest:
         return acknowledged
 
     async def _after_the_restart(self) -> set[str]:
-        """Start the server again, see what it has, and send the rest. Return the keys of the lines that it had."""
+        """Start the server again, read its lines, and send the rest. Return the keys of the lines that it had."""
         url = await self._server.start()
         found = self._lines_in(await self._load.state(url))
         self._screen.say(f"{self._name}: started again, it has {len(found):,} lines; sending the rest")

@@ -73,7 +73,7 @@ async def run(options: argparse.Namespace) -> int:
     failure = None
     with contextlib.suppress(asyncio.CancelledError):
         failure = await failure_of(acts(directory, options))
-    if signals:  # a server that was just being started may have made a failure of it
+    if signals:  # if the signal came during the start of a server, there may be a failure, too
         shutil.rmtree(directory)
         print("Interrupted. The servers have ended, and their files are removed.", file=sys.stderr)
         return 128 + signals[0]
