@@ -141,7 +141,7 @@ CRASH: dict[str, tuple[str, dict[str, str]]] = {
         "crash/test_states.py crash/test_calls.py crash/test_seeded_bugs.py crash/test_disk.py crash/test_tracing.py",
         {"LAB_STATE_CRASH_STATES": "300000", "LAB_STATE_CALL_STATES": "50000", "LAB_STATE_CRASH_STRACE": "1"},
     ),
-    "history": ("crash/test_history_states.py", {"LAB_STATE_HISTORY_STATES": "50000"}),
+    "history": ("crash/test_history_states.py crash/test_restore_states.py", {"LAB_STATE_HISTORY_STATES": "50000"}),
     "history reads": ("storage/test_history_walk.py", {"LAB_STATE_HISTORY_READS": "10000"}),
     "kills": (
         "crash/test_kill.py crash/test_storm.py cli/test_killed.py",

@@ -116,7 +116,7 @@ def keep_present(writer: Writer) -> None:
 def keep_apart(writer: Writer) -> str:
     """Link the damaged files into a new directory `<name>.damaged-<time>`. Return its path.
 
-    Where the file system has no hard links, copy the files.
+    The files are synced first, since they may be only in the page cache. Where the file system has no hard links, copy the files.
 
     Raises:
         StorageError: A file could not be kept. Then nothing may be replaced.
@@ -127,6 +127,7 @@ def keep_apart(writer: Writer) -> str:
     made: list[str] = []
     try:
         for path in files:
+            fs.sync(path)
             made.append(os.path.join(directory, os.path.basename(path)))
             _link_or_copy(path, made[-1])
         fs.sync_directory(directory)

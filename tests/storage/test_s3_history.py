@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -25,10 +27,12 @@ from s3_proxy import (
     without_etag,
 )
 from s3_world import VIEW, Bucket, QuickTime, given
+from seeded import Change, put_in
 
-from lab_state import FencedError, Manager, S3Storage, UnsupportedError
+from lab_state import FencedError, LabStateError, Manager, S3Storage, UnsupportedError
 from lab_state.storage.s3 import _client, _keeping
 from lab_state.storage.s3._format import KEPT, Names, Older
+from lab_state.storage.s3._keeping import Keeper
 from lab_state.storage.s3._outcomes import WRITE_ID
 from lab_state.storage.s3._session import S3Session
 
@@ -378,11 +382,13 @@ async def test_a_writer_that_was_replaced(bucket: Bucket, proxy: Proxy, copying:
     newer = await opened(bucket)
     await generation(newer, b"3")
     assert list(copies(bucket)) == [2]
+    data = bucket.get(copies(bucket)[2])
     with pytest.raises(FencedError):
         await older.checkpoint(VIEW)
     await newer.aclose()
     await older.aclose()
-    assert list(copies(bucket)) == [2]
+    assert (list(copies(bucket)), bucket.get(copies(bucket)[2])) == ([2], data)
+    assert failures(older) == 0
 
 
 @pytest.mark.parametrize("step", ["put", "delete"])
@@ -669,3 +675,64 @@ async def test_a_start_does_not_list_the_history(bucket: Bucket, proxy: Proxy, m
         return reading - start, opening - reading
 
     assert await requests("with", history=WEEK) == await requests("without", history=None)
+
+
+# The tests can fail
+
+Finder = Callable[[Bucket, Proxy], Awaitable[None]]
+
+BUGS: dict[str, tuple[list[Change], Finder]] = {
+    "a snapshot is deleted before its records": (
+        [(
+            Keeper, "_delete_oldest", "        if not await self._delete_records(start, end):\n",
+            "        await self._store.delete(list(map(self._names.kept, kept[: not is_first])))\n        if not await self._delete_records(start, end):\n",
+        )],
+        lambda bucket, proxy: test_pruning_that_is_interrupted(bucket, proxy, answer_lost),
+    ),
+    "the records of the next generation are deleted as well": (
+        [(Keeper, "_delete_oldest", "following[0].seq if following else", "following[1].seq if following[1:] else")],
+        lambda bucket, _: test_by_age(bucket),
+    ),
+    "a generation is deleted that the history still reaches": (
+        [(Keeper, "prune", "Held(older.wall, size)", "Held(older.wall - 40_000, size)")],
+        lambda bucket, _: test_by_age(bucket),
+    ),
+    "fences are deleted with the records": (
+        [(Keeper, "_delete_records", "for number, size in sizes.items() if size]", "for number in sizes]")],
+        lambda bucket, _: test_by_age(bucket),
+    ),
+    "deletions that were not needed are made later": (
+        [(Keeper, "prune", "        self._added = 0\n", "")],
+        lambda bucket, _: test_a_clock_set_forward(bucket),
+    ),
+    "the snapshot is replaced before it is copied": (
+        [
+            (S3Session, "_publish", "            if self._keeper", "            covered = await self._replace(body, stamp)\n            if self._keeper"),
+            (S3Session, "_publish", "self.snapshot_bytes)\n            covered = await self._replace(body, stamp)\n", "self.snapshot_bytes)\n"),
+        ],
+        lambda bucket, proxy: test_what_is_kept(bucket, proxy, through),
+    ),
+    "a condition is used that the store may ignore": (
+        [(Keeper, "copy", "if await self._honours_conditions():", "if True:")],
+        lambda bucket, proxy: test_a_late_request_overwrites_no_copy(bucket, proxy, through),
+    ),
+    "the object that is copied is not compared": (
+        [(Keeper, "keep_or_raise", "source is None or source[0].etag != unquoted(etag)", "source is None")],
+        lambda bucket, proxy: test_a_writer_that_was_replaced(bucket, proxy, through),
+    ),
+    "a session without a history deletes the records of one": (
+        [(S3Session, "_clean_pages", "max(self._cleaned, self._left or 0)", "self._cleaned")],
+        lambda bucket, _: test_without_a_history(bucket),
+    ),
+}  # fmt: skip
+
+
+# A test that fails leaves its sessions open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("bug", BUGS)
+async def test_a_bug_is_found(bug: str, bucket: Bucket, proxy: Proxy) -> None:
+    """With a bug in the storage, a test above fails."""
+    changes, finder = BUGS[bug]
+    with put_in(changes), pytest.raises((AssertionError, LabStateError, pytest.fail.Exception)):
+        await finder(bucket, proxy)
+    gc.collect()

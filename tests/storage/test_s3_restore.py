@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from itertools import product
 from typing import Any
 
@@ -13,10 +14,12 @@ from histories import checkpoint
 from s3_proxy import Action, Before, Proxy, answer_lost, answers, done_but_answers, lost
 from s3_scenarios import session_of_all
 from s3_world import VIEW, Bucket
+from seeded import Change, put_in
 
 from lab_state import (
     CorruptionError,
     FencedError,
+    LabStateError,
     LockedError,
     Manager,
     Restored,
@@ -32,6 +35,7 @@ from lab_state import (
 )
 from lab_state.storage._history import history_of
 from lab_state.storage.s3 import _restoring
+from lab_state.storage.s3._restoring import S3Restoring
 from lab_state.testing import ManualClock
 
 NAME = "past"
@@ -514,3 +518,47 @@ async def _restoring_of(bucket: Bucket, proxy: Proxy) -> _restoring.S3Restoring:
     restoring = await history_of(bucket.storage(proxy.url)).restoring(NAME)
     assert isinstance(restoring, _restoring.S3Restoring)
     return restoring
+
+
+# The tests can fail
+
+
+async def restore_once(bucket: Bucket, clock: ManualClock) -> None:
+    """Check a restore in a state without a history. The state before can still be read."""
+    model = await fill(bucket, clock, None)
+    assert await restore_state(NAME, bucket.storage(), 8, into=NAME, clock=clock) == Restored(13, 12)
+    assert await values(bucket, clock) == model[8]
+    assert await values(bucket, clock, at=12) == model[12]
+
+
+Finder = Callable[[Bucket, ManualClock], Awaitable[None]]
+
+BUGS: dict[str, tuple[list[Change], Finder]] = {
+    "a restore takes a number that a record has": (
+        [(_restoring, "open_to_restore", "max(before.listed, default=before.seq) + 1", "before.seq + 1")],
+        restore_once,
+    ),
+    "a restore keeps nothing": (
+        [(S3Restoring, "put", "self._found.present is not None and not await", "False and not await")],
+        restore_once,
+    ),
+    "a restore takes a revision that a change has": (
+        [(S3Restoring, "highest", "highest = max(highest, moment.revision)", "highest = self._found.revision")],
+        test_the_highest_revision,
+    ),
+    "a restore does not keep the damaged objects": (
+        [(S3Restoring, "put", "place = await self._keep_apart()", "place = None")],
+        lambda bucket, clock: test_a_damaged_state(bucket, clock, damage_snapshot),
+    ),
+}
+
+
+# A test that fails leaves its sessions open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("bug", [*BUGS][: None if THOROUGH else 2])
+async def test_a_bug_is_found(bug: str, bucket: Bucket, clock: ManualClock) -> None:
+    """With a bug in the storage, a test above fails."""
+    changes, finder = BUGS[bug]
+    with put_in(changes), pytest.raises((AssertionError, LabStateError, ValueError)):
+        await finder(bucket, clock)
+    gc.collect()

@@ -4,24 +4,19 @@ And with a bug put into the storage, the same scenarios fail.
 """
 
 from __future__ import annotations
-import __future__
 
-import contextlib
 import gc
-import inspect
 import logging
 import os
-import textwrap
 from collections.abc import Iterator
-from types import ModuleType
-from typing import Any
 
 import pytest
 import s3_scenarios
 from s3_world import Bucket, endpoint
+from seeded import Change, put_in
 
 from lab_state import UnavailableError
-from lab_state.storage.s3 import _client, _open, _outcomes, _session
+from lab_state.storage.s3 import _open, _outcomes
 from lab_state.storage.s3._open import Loader
 from lab_state.storage.s3._session import S3Session
 
@@ -69,9 +64,6 @@ async def test_scenarios_with_a_history(first: int, history: s3_scenarios.Histor
 
 SOONER = (1, 2, 5, 19, 35, 37, 43, 51, 77, 105, 108, 166)
 """Scenarios in which some bug showed; they come first."""
-
-Change = tuple[ModuleType | type, str, str, str]
-"""Where a function is, its name, some text of it, and what takes its place."""
 
 BUGS: dict[str, list[Change]] = {
     "fences are deleted with the records": [
@@ -123,27 +115,6 @@ BUGS: dict[str, list[Change]] = {
 }  # fmt: skip
 
 
-@contextlib.contextmanager
-def put_in(changes: list[Change]) -> Iterator[None]:
-    """Replace functions by what they would be with another text."""
-    with contextlib.ExitStack() as stack:
-        sources: dict[tuple[Any, str], str] = {}
-        for owner, name, old, new in changes:
-            source = sources.get((owner, name)) or inspect.getsource(getattr(owner, name))
-            assert source.count(old) == 1, f"{old!r} is in {name} {source.count(old)} times: tell the bug anew"
-            sources[owner, name] = source.replace(old, new)
-        for (owner, name), source in sources.items():
-            module = inspect.getmodule(getattr(owner, name))
-            assert module is not None
-            names: dict[str, Any] = {**vars(module), "UnavailableError": UnavailableError}
-            flags = __future__.annotations.compiler_flag
-            exec(compile(textwrap.dedent(source), f"<{name}, with a bug>", "exec", flags), names)
-            for user in (_client, _open, _outcomes, _session) if owner is module else (owner,):
-                if hasattr(user, name):
-                    stack.enter_context(s3_scenarios.replaced(user, name, names[name]))
-        yield
-
-
 # They take minutes: for `nox -s s3-scenarios`.
 BUGS_PLAYED = BUGS if SCENARIOS > ORDINARY else dict.fromkeys(["the write id is not looked at after a refusal"])
 
@@ -152,7 +123,7 @@ BUGS_PLAYED = BUGS if SCENARIOS > ORDINARY else dict.fromkeys(["the write id is 
 @pytest.mark.parametrize("bug", BUGS_PLAYED)
 async def test_bugs_are_caught(bug: str) -> None:
     """With a bug in the storage, some scenario of the first 200 fails."""
-    with put_in(BUGS[bug]):
+    with put_in(BUGS[bug], {"UnavailableError": UnavailableError}):
         seeds = [*SOONER, *(seed for seed in range(200) if seed not in SOONER)]
         outcome = await s3_scenarios.play(seeds, Bucket().name, endpoint(), stop=True)
     assert outcome.problems
