@@ -69,6 +69,7 @@ class Chronicle:
     def __init__(self, versions: list[Version], promised: frozenset[Promise]) -> None:
         self.promised: set[Promise] = set(promised)
         self._versions = versions
+        self._walls: dict[int, int] = {}  # when each version was first acknowledged, in the order of the versions
         self._wrong: str | None = None
         self._is_sure = True
         self._known: dict[tuple[bytes | None, bytes], frozenset[int]] = {}
@@ -79,17 +80,36 @@ class Chronicle:
     def note(self, mark: HistoryMark) -> None:
         """Note a promise, or an event that lets promises go."""
         match mark:
-            case Kept(version, generation):
+            case Kept(version, generation, wall):
                 self.promised.add((version, generation))
+                self._walls.setdefault(version, wall)
             case LetGo(gone):
                 self.promised = {one for one in self.promised if one[1] != gone}
-            case Pruned(generations, heir, revision):
-                left = {one for one in self.promised if self._versions[one[0]].revision >= revision}
-                self.promised = {(version, heir if name in generations else name) for version, name in left}
+            case Pruned():
+                self._prune(mark)
             case Unsure():
                 self._is_sure = False
             case Wrong(text):
                 self._wrong = text
+
+    def _prune(self, mark: Pruned) -> None:
+        generations, heir, revision, window = mark
+        old = {version for version, _ in self.promised if self._versions[version].revision < revision}
+        shown = [] if window is None else sorted(version for version in old if self._is_shown(version, *window))
+        if shown:
+            self._wrong = f"the versions {shown} may be pruned, although the history must show them in {window}"
+        left = {one for one in self.promised if one[0] not in old}
+        self.promised = {(version, heir if name in generations else name) for version, name in left}
+
+    def _is_shown(self, version: int, first: int, last: int) -> bool:
+        """Return whether a time between `first` and `last` shows a version: the newest one whose time is not after it.
+
+        This needs neither generations nor their times.
+        """
+        if version not in self._walls:
+            return False  # it is from before the recording
+        later = [wall for number, wall in self._walls.items() if number > version]
+        return max(first, self._walls[version]) < min([*later, last + 1])
 
     def withdraw(self) -> None:
         self.promised = set()
@@ -172,22 +192,32 @@ def _plain(loaded: LoadedState) -> Version:
 def watching(recorder: Recorder) -> Iterator[None]:
     """Record the generations that could not be linked, those that are pruned, and a pruning that no rule allows."""
     keep, prune, choose = KeptHistory._keep, KeptHistory._prune, _pruning.deletions
+    linked = 0  # the number of generations of this session for which no other one has been deleted yet
+
+    def opened(self: KeptHistory, *args: Any) -> None:
+        nonlocal linked
+        linked = 0
+        start(self, *args)
 
     def kept(self: KeptHistory, *args: Any, **kwargs: Any) -> bool:
-        before = self.failures
+        nonlocal linked
+        before, links = self.failures, recorder.links
         found = keep(self, *args, **kwargs)
+        linked += recorder.links > links
         if self.failures > before and not recorder.is_dead:
             recorder.mark(LetGo(generation_in_use(recorder.root)))
             recorder.mark(Unsure())
         return found
 
     def chosen(sizes: Mapping[HistoryFile, int], in_use: InUse, *, limits: Limits, now: int, added: int) -> Deletions:
+        nonlocal linked
         gone = choose(sizes, in_use, limits=limits, now=now, added=added)
-        assert limits.most_bytes is not None
-        allowed = _allowed(sizes, in_use, limits.most_bytes, added)
+        allowed, by_size = _allowed(sizes, in_use, recorder.limits, now, min(added, linked))
+        linked -= min(added, linked)
         if allowed:
             names = frozenset(map(_name, allowed))
-            recorder.mark(Pruned(names, *_first_left(allowed, sizes, in_use, recorder.root)))
+            window = None if by_size else (now - recorder.limits.length, now)
+            recorder.mark(Pruned(names, *_first_left(allowed, sizes, in_use, recorder.root), window))
         if allowed != {*gone.journals, *gone.snapshots}:
             recorder.mark(Wrong(f"{gone} was pruned, and not {allowed}"))
         return gone
@@ -199,21 +229,36 @@ def watching(recorder: Recorder) -> Iterator[None]:
             recorder.mark(Unsure())
             raise
 
+    start = KeptHistory.__init__
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeptHistory, "__init__", opened)
         patch.setattr(KeptHistory, "_keep", kept)
         patch.setattr(KeptHistory, "_prune", pruned)
         patch.setattr(_keeping, "deletions", chosen)
         yield
 
 
-def _allowed(sizes: Mapping[HistoryFile, int], in_use: InUse, most_bytes: int, added: int) -> set[HistoryFile]:
-    """Return the files that the rules let go because of their size."""
+def _allowed(
+    sizes: Mapping[HistoryFile, int], in_use: InUse, limits: Limits, now: int, added: int
+) -> tuple[set[HistoryFile], bool]:
+    """Return the files that the rules let go, and whether some of them go only because of the size."""
     kept = _generations(sizes, in_use)
     allowed: set[HistoryFile] = set()
+    by_size = False
     for _ in range(2 * added):
-        if sum(sizes[file] for files in kept for file in files) > most_bytes:
-            allowed |= kept.pop(0)
-    return allowed
+        if not kept:
+            break
+        # The moments of the oldest one end at the first later time that has passed by now.
+        later = [*(_age(files)[1] for files in kept[1:]), in_use.wall]
+        is_old = min([wall for wall in later if 0 < wall <= now][:1], default=now) < now - limits.length
+        is_large = (
+            limits.most_bytes is not None and sum(sizes[one] for files in kept for one in files) > limits.most_bytes
+        )
+        if not (is_old or is_large):
+            break
+        by_size |= not is_old
+        allowed |= kept.pop(0)
+    return allowed, by_size
 
 
 def _generations(sizes: Iterable[HistoryFile], in_use: InUse) -> list[set[HistoryFile]]:

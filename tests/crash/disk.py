@@ -100,10 +100,17 @@ class Withdraw(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A mark without an operation: this version was acknowledged while this generation was in use. So the history keeps it."""
+    """A mark without an operation: this version was acknowledged while this generation was in use. So the history keeps it.
+
+    Attributes:
+        version: The number of the version.
+        generation: The name of the generation.
+        wall: The time of the wall clock, in milliseconds.
+    """
 
     version: int
     generation: str
+    wall: int
 
 
 class LetGo(NamedTuple):
@@ -113,11 +120,20 @@ class LetGo(NamedTuple):
 
 
 class Pruned(NamedTuple):
-    """A mark without an operation: these generations are pruned. The next one begins with this revision, and has copies of some records."""
+    """A mark without an operation: these generations are pruned. The next one has copies of some of their records.
+
+    Attributes:
+        generations: The names of the generations.
+        heir: The name of the next one.
+        revision: The first revision of the next one.
+        window: The first and the last moment at which the history must still show the state, in milliseconds; `None` if
+            the generations are also too large.
+    """
 
     generations: frozenset[str]
     heir: str
     revision: int
+    window: tuple[int, int] | None
 
 
 class Unsure(NamedTuple):

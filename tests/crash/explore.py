@@ -29,7 +29,7 @@ from disk import (
 )
 from recorder import Faults, Recorder, determined, recording
 from recovery import MEMORY, Recovery, ViolationError
-from workloads import Workload, next_life
+from workloads import BY_AGE, Workload, next_life
 from world import Beside, DiedError, Version, World
 
 
@@ -102,7 +102,8 @@ def record(
             beside=beside,
             history_bytes=history_bytes,
         )
-        with determined(seed), recording(recorder), watching(recorder):
+        clock = world.clock if workload in BY_AGE else None
+        with determined(seed, clock), recording(recorder), watching(recorder):
             asyncio.run(_live(workload, world))
     return Recording(
         recorder.start,

@@ -15,6 +15,7 @@ from lab_state.storage._directory import Paths
 from lab_state.storage._file_calls import FileRestoring
 from lab_state.storage._generations import HistoryFile, StoredGeneration
 from lab_state.storage._keeping import KeptHistory
+from lab_state.storage._limits import Held, Limits
 from lab_state.storage._lookup import Fingerprint
 from lab_state.storage._protocol import SnapshotSource
 
@@ -154,6 +155,50 @@ def one_too_many_pruned(patch: Patch) -> None:
     patch.setattr(_pruning, "to_prune", lambda kept, *args: min(choose(kept, *args) + 1, len(kept)))
 
 
+def the_next_one_is_not_waited_for(patch: Patch) -> None:
+    """Delete a generation when it has begun before the history, although the next one has not."""
+    choose = _limits.to_prune
+
+    def chosen(kept: list[Held], in_use: int, *args: Any) -> int:
+        walls = [0, *(one.wall for one in kept)]
+        return choose(
+            [Held(wall, one.size) for wall, one in zip(walls, kept, strict=False)], walls[-1] or in_use, *args
+        )
+
+    patch.setattr(_pruning, "to_prune", chosen)
+
+
+def a_history_in_the_wrong_unit(patch: Patch) -> None:
+    """Keep it for as many milliseconds as it should have seconds."""
+    _limit_by(patch, 1 / 1000)
+
+
+def deletions_made_later(patch: Patch) -> None:
+    """Let each generation that was added count again and again."""
+    prune = KeptHistory._prune
+
+    def pruned(self: KeptHistory) -> None:
+        added = self._added
+        prune(self)
+        self._added = added
+
+    patch.setattr(KeptHistory, "_prune", pruned)
+
+
+def nothing_is_too_old(patch: Patch) -> None:
+    """Let only the size of a history count."""
+    _limit_by(patch, 1_000_000)
+
+
+def _limit_by(patch: Patch, factor: float) -> None:
+    choose = _limits.to_prune
+
+    def chosen(kept: list[Held], in_use: int, limits: Limits, *args: Any) -> int:
+        return choose(kept, in_use, limits._replace(length=int(limits.length * factor)), *args)
+
+    patch.setattr(_pruning, "to_prune", chosen)
+
+
 def restore_that_links(patch: Patch) -> None:
     """Put the files of a generation in use, in place of a copy of the state."""
 
@@ -207,6 +252,10 @@ BUGS = (
     Bug(newest_pruned_first, workloads.generations, history_bytes=1500),
     Bug(too_many_pruned, workloads.less_room, history_bytes=1 << 30),
     Bug(one_too_many_pruned, workloads.generations, history_bytes=1500),
+    Bug(the_next_one_is_not_waited_for, workloads.by_age, history_bytes=1 << 30),
+    Bug(a_history_in_the_wrong_unit, workloads.by_age, history_bytes=1 << 30),
+    Bug(deletions_made_later, workloads.by_age, history_bytes=1 << 30),
+    Bug(nothing_is_too_old, workloads.by_age, history_bytes=1 << 30),
     Bug(restore_that_links, workloads.restores, history_bytes=1 << 30),
     Bug(restore_that_keeps_nothing, workloads.restores, history_bytes=1 << 30),
     Bug(restore_without_a_sync, workloads.restores, history_bytes=1 << 30),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import random
 import threading
@@ -26,6 +27,8 @@ import pytest
 from disk import Create, Entry, Link, Mark, Rename, State, Sync, SyncDirectory, Truncate, Unlink, Write, inodes_of
 
 from lab_state import _codec, _journal, _outcomes
+from lab_state._clock import Clock
+from lab_state._periods import LONGEST_TTL
 from lab_state.storage import (
     _directory,
     _file_restore,
@@ -37,6 +40,7 @@ from lab_state.storage import (
     _lookup,
     _new_journal,
 )
+from lab_state.storage._limits import Limits
 
 NAME = "lab"
 DIRECTORY = "deep/states"
@@ -90,6 +94,8 @@ class Recorder:
         calls: How many calls there were that can be killed at.
         syncs: How many of these were syncs.
         writes: How many of these were writes.
+        links: How many of them were links.
+        limits: The limits of the history, as the application has set them.
         gate: Where the next thread that comes along stands still.
         at_death: Called when the process dies.
     """
@@ -99,7 +105,8 @@ class Recorder:
         self.start: State = dict(_found(root))
         self.entries: list[Entry] = []
         self.struck: int | None = None
-        self.calls = self.syncs = self.writes = 0
+        self.calls = self.syncs = self.writes = self.links = 0
+        self.limits = Limits(LONGEST_TTL * 1000, None)
         self.gate: Gate | None = None
         self.at_death: Callable[[], object] = lambda: None
         self._faults = faults or Faults()
@@ -249,6 +256,7 @@ class Recorder:
             self._alive(counts=True)
             os.link(source, target, follow_symlinks=follow_symlinks)
             self._inodes[new] = self._inodes[old]
+            self.links += 1
             self.entries.append(Link(new, self._inodes[old]))
 
     def mkdir(self, path: str, mode: int = 0o777) -> None:
@@ -368,14 +376,23 @@ class _Seeded:
 
 
 @contextmanager
-def determined(seed: int | str) -> Iterator[None]:
-    """Let the library draw the same salts, names and numbers each time, and repeat a failed call at once."""
+def determined(seed: int | str, clock: Clock | None = None) -> Iterator[None]:
+    """Let the library draw the same salts, names and numbers each time, and repeat a failed call at once.
+
+    With a clock, it has the time for journals and for pruning. Each of these times is a millisecond later than the one before.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for module in (_fs, _journal, _codec):
             patch.setattr(module, "os", _Seeded(os, urandom=random.Random(f"{module.__name__} {seed}").randbytes))
-        numbers = iter(range(10**12, 10**13))
-        for dated in (_file_start, _new_journal, _kept, _keeping, _file_restore):
+        numbers, later = iter(range(10**12, 10**13)), itertools.count()
+
+        def wall() -> int:
+            return next(numbers) if clock is None else int(clock.time() * 1000) + next(later)
+
+        for dated in (_file_start, _kept, _file_restore):
             patch.setattr(dated, "wall_now", lambda: next(numbers))
+        for dated in (_new_journal, _keeping):
+            patch.setattr(dated, "wall_now", wall)
         patch.setattr(_outcomes, "_FIRST_PAUSE", 0.0)
         patch.setattr(_outcomes, "_LONGEST_PAUSE", 0.0)
         yield

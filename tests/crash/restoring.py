@@ -105,7 +105,7 @@ def record_restore(
     with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         root = Path(name)
         left = {path: data for path, data in made.state.items() if path not in {SNAPSHOT, JOURNAL}}
-        put(root, left | (damaged if is_synced else {}))
+        put(root, {**left, **(damaged if is_synced else {})})
         recorder = Recorder(root, faults) if has_links else _WithoutLinks(root, faults)
         with determined("restored"), recording(recorder):
             if not is_synced:

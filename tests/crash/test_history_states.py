@@ -40,6 +40,7 @@ FAULTS: list[tuple[Plans, bool, Workload]] = [
     (deaths, True, workloads.steps),
     (deaths, True, workloads.checkpoints_beside_commits),
     (deaths, True, workloads.generations),
+    *([(failing_syncs, False, workloads.by_age), (deaths, True, workloads.by_age)] if THOROUGH else []),
     (failing_syncs, False, workloads.restores),
     (failing_syncs, True, workloads.restores),
     (full_disks, False, workloads.restores),

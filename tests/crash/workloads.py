@@ -374,13 +374,34 @@ async def restores(world: World) -> None:
 async def less_room(world: World) -> None:
     """Keep many generations, and then fewer."""
     for room in (1 << 30, 300):
-        world.limit_the_history(room)
+        world.limit_the_history(most_bytes=room)
         await world.start()
         for number in range(6):
             await world.set(f"key-{number % 2}")
             await world.flush()
             await world.checkpoint()
         await world.stop()
+
+
+async def by_age(world: World) -> None:
+    """Keep a history of 200 s. Time passes, and the clock is set forward and back, between processes and in one of them."""
+    world.limit_the_history(seconds=200)
+    for life, jump in enumerate((10_000, -10_000, 0)):
+        await world.start()
+        for number in range(3):
+            await world.set(f"key-{number % 2}")
+            await world.flush()
+            world.clock.advance(60)
+            await world.set("more")
+            await world.flush()
+            await world.checkpoint()
+            world.clock.advance(60)
+            if life == 2 and number < 2:
+                world.clock.jump(2_000 - 4_000 * number)
+        world.clock.jump(jump)
+        await world.set("last")
+        await world.flush()
+        await (world.crash() if life else world.stop())
 
 
 async def given_up(world: World) -> None:
@@ -523,7 +544,11 @@ WITH_HISTORY: tuple[Workload, ...] = (
     steps,
     generations,
     less_room,
+    by_age,
     given_up,
     restores,
 )
 """Those that are run with a history. In each of them, the acknowledged versions are the ends of records."""
+
+BY_AGE: tuple[Workload, ...] = (by_age,)
+"""Those in which the clock of the application gives the times of the files in a history."""

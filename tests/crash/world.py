@@ -26,6 +26,7 @@ from lab_state._periods import LONGEST_TTL
 from lab_state._state import State
 from lab_state._types import decode_value
 from lab_state.storage import _fs
+from lab_state.storage._limits import Limits
 from lab_state.storage.file import FileSession
 from lab_state.testing import ManualClock
 
@@ -133,6 +134,7 @@ class World:
         """
         self.root = root
         self._history_bytes = history_bytes
+        self._history_seconds = LONGEST_TTL
         self.dice = random.Random(seed)
         self.versions = list(versions or [Version(0, {}, {})])
         self._dies = dies
@@ -230,7 +232,11 @@ class World:
 
     def _keeping(self) -> dict[str, Any]:
         """Return the arguments for a history."""
-        return {} if self._history_bytes is None else {"history": LONGEST_TTL, "history_bytes": self._history_bytes}
+        if self._history_bytes is None:
+            return {}
+        if self._recorder is not None:
+            self._recorder.limits = Limits(self._history_seconds * 1000, self._history_bytes)
+        return {"history": self._history_seconds, "history_bytes": self._history_bytes}
 
     def _begin(self, revision: int, found: Contents, now: int) -> None:
         self._first = len(self.versions)
@@ -282,9 +288,10 @@ class World:
             system.rmdir(str(path))
         self._put(files)
 
-    def limit_the_history(self, most_bytes: int) -> None:
+    def limit_the_history(self, *, most_bytes: int | None = None, seconds: int | None = None) -> None:
         """Set another limit for the history, from the next start on."""
-        self._history_bytes = most_bytes
+        self._history_bytes = most_bytes or self._history_bytes
+        self._history_seconds = seconds or self._history_seconds
 
     def fail_the_next_sync(self) -> None:
         """Let the next sync of a file or a directory fail."""
@@ -486,7 +493,8 @@ class World:
             return
         self._marks.mark(Ack(self.latest, self._first))
         if self._history_bytes is not None:
-            self._marks.mark(Kept(self.latest, generation_in_use(self.root)))
+            wall = int(self.clock.time() * 1000)
+            self._marks.mark(Kept(self.latest, generation_in_use(self.root), wall))
 
     async def checkpoint(self) -> None:
         """Make a checkpoint after the one that is under way: the flusher has one at a time."""
