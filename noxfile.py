@@ -142,7 +142,10 @@ CRASH: dict[str, tuple[str, dict[str, str]]] = {
         {"LAB_STATE_CRASH_STATES": "300000", "LAB_STATE_CALL_STATES": "50000", "LAB_STATE_CRASH_STRACE": "1"},
     ),
     "history": ("crash/test_history_states.py crash/test_restore_states.py", {"LAB_STATE_HISTORY_STATES": "50000"}),
-    "history reads": ("storage/test_history_walk.py", {"LAB_STATE_HISTORY_READS": "10000"}),
+    "history reads": (
+        "storage/test_history_walk.py",
+        {"LAB_STATE_HISTORY_READS": "10000", "LAB_STATE_HISTORY_MOMENTS": "1000"},
+    ),
     "kills": (
         "crash/test_kill.py crash/test_storm.py cli/test_killed.py",
         {"LAB_STATE_COMMAND_KILLS": "1", "LAB_STATE_KILL_CYCLES": "10000", "LAB_STATE_STORM_CYCLES": "300"},

@@ -81,8 +81,8 @@ VIEW = given(b"{}")
 class QuickTime(Time):
     """A time for tests. A pause takes no real time, and advances the clock. A limit expires when a test advances the clock."""
 
-    def __init__(self) -> None:
-        self.manual = ManualClock()
+    def __init__(self, manual: ManualClock | None = None) -> None:
+        self.manual = manual or ManualClock()
         clock: Clock = self.manual
         super().__init__(clock)
         self.slept: list[float] = []

@@ -1,6 +1,7 @@
 """Random lives of a state with a history: each moment that is read is the one that was written.
 
-LAB_STATE_HISTORY_READS says how many moments are read beside a writer.
+LAB_STATE_HISTORY_READS says how many moments are read beside a writer. LAB_STATE_HISTORY_MOMENTS says how many are read after each
+random life.
 """
 
 from __future__ import annotations
@@ -8,27 +9,24 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from histories import START, checkpoint
-from running import flusher_of
+from history_walk import Walk
+from s3_scenarios import session_of_all
+from s3_world import Bucket, QuickTime
 
-from lab_state import Config, FileStorage, Generation, Manager, list_generations, read_state, restore_state
+from lab_state import Config, FileStorage, Manager, list_generations, read_state
 from lab_state.storage import _keeping, _new_journal
+from lab_state.storage.s3 import _keeping as _s3_keeping
 from lab_state.testing import ManualClock
 
 YEAR = 366 * 24 * 3600
 READS = int(os.environ.get("LAB_STATE_HISTORY_READS", "150"))
-
-
-class Moment(NamedTuple):
-    """A durable state, and the time of its record in milliseconds."""
-
-    wall: int
-    values: dict[str, Any]
+MOMENTS = int(os.environ.get("LAB_STATE_HISTORY_MOMENTS", "60"))
+THOROUGH = MOMENTS >= 1000
 
 
 @pytest.fixture
@@ -40,126 +38,37 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     return clock
 
 
-class Walk:
-    """A random life, and the model of its moments."""
-
-    def __init__(self, directory: Path, clock: ManualClock, seed: int) -> None:
-        self.dice = random.Random(seed)
-        self.clock = clock
-        self.storage = FileStorage(directory, history=YEAR, history_bytes=None)
-        self.moments: dict[int, Moment] = {0: Moment(0, {})}
-        self.state = self._manager()
-
-    def _manager(self) -> Manager:
-        return Manager(Config(name="lab", flush_interval=None), self.storage, clock=self.clock)
-
-    async def live(self, steps: int) -> None:
-        await self.state.start()
-        await self.state.set("first", 0)
-        await self.flush()
-        choices = [self.change] * 8 + [self.checkpoint] * 3 + [self.kill, self.stop, self.jump, self.restore]
-        for _ in range(steps):
-            await self.dice.choice(choices)()
-        await self.flush()
-        await self.state.stop()
-
-    async def flush(self) -> None:
-        await self.state.flush()
-        if self.state.revision not in self.moments:
-            self.moments[self.state.revision] = Moment(int(self.clock.time() * 1000), await self.state.get_all())
-
-    async def change(self) -> None:
-        for _ in range(self.dice.randrange(1, 4)):
-            key = f"key-{self.dice.randrange(6)}"
-            await (self.state.delete(key) if self.dice.random() < 0.2 else self.state.set(key, self.dice.random()))
-        self.clock.advance(self.dice.randrange(3))
-        if self.dice.random() < 0.8:
-            await self.flush()
-
-    async def checkpoint(self) -> None:
-        await self.flush()
-        self.clock.advance(1)
-        await checkpoint(self.state)
-
-    async def stop(self) -> None:
-        await self.flush()
-        await self.state.stop()
-        self.state = self._manager()
-        await self.state.start()
-
-    async def kill(self) -> None:
-        """Kill the process. Changes that were not flushed are lost, and their revisions come again."""
-        flusher = flusher_of(self.state)
-        session = flusher.abort()
-        await asyncio.wait([task for task in (flusher._task, flusher.checkpoints.task) if task is not None])
-        await session.aclose()
-        self.state = self._manager()
-        await self.state.start()
-
-    async def jump(self) -> None:
-        """Set the clock back or forward."""
-        self.clock.jump(self.dice.choice([-50, -5, 5, 20]))
-
-    async def restore(self) -> None:
-        """Restore a random revision in place."""
-        await self.flush()
-        await self.state.stop()
-        wanted = self.dice.choice(sorted(self.moments))
-        restored = await restore_state("lab", self.storage, wanted, into="lab", clock=self.clock)
-        assert restored.revision == max(self.moments) + 1
-        self.moments[restored.revision] = Moment(int(self.clock.time() * 1000), self.moments[wanted].values)
-        self.state = self._manager()
-        await self.state.start()
-
-    def at_revision(self, revision: int) -> int:
-        return max(one for one in self.moments if one <= revision)
-
-    def at_time(self, wall: int, found: list[Generation]) -> int | None:
-        """Return the newest moment that is not after a time, in the newest generation with such a first or last moment."""
-        for number in range(len(found) - 1, -1, -1):
-            one = found[number]
-            first, last = (int((wall or 0) * 1000) for wall in (one.first_wall, one.last_wall))
-            covered = one.first_revision == one.last_revision and any(
-                other.first_revision <= one.first_revision and one.last_revision < other.last_revision
-                for other in found[:number]
-            )
-            if min(first, last) <= wall and not covered:
-                inside = range(one.first_revision + 1, one.last_revision + 1)
-                fit = [revision for revision in inside if revision in self.moments]
-                return max(
-                    [revision for revision in fit if self.moments[revision].wall <= wall], default=one.first_revision
-                )
-        return None
-
-
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.timeout(3600 if THOROUGH else 120)
+@pytest.mark.parametrize("seed", range(4 if THOROUGH else 2))
 async def test_a_random_walk(tmp_path: Path, clock: ManualClock, seed: int) -> None:
-    """With checkpoints, kills, stops, restores and changes of the clock. 250 random moments are each equal to the model."""
-    walk = Walk(tmp_path, clock, seed)
+    """With checkpoints, kills, stops, restores and changes of the clock. Random moments are each equal to the model."""
+    walk = Walk(FileStorage(tmp_path, history=YEAR, history_bytes=None), clock, seed)
     await walk.live(80)
-    clock.jump(1000)
-    found = await list_generations("lab", walk.storage)
-    assert not any(one.hole_before for one in found)
-    times = 0
-    for _ in range(250):
-        expected: int | None
-        if walk.dice.random() < 0.5:
-            revision = walk.dice.randrange(max(walk.moments) + 1)
-            at: int | datetime = revision
-            expected = walk.at_revision(revision)
-        else:
-            wall = walk.dice.choice(list(walk.moments.values())[1:]).wall + walk.dice.choice([-700, 0, 0, 700])
-            at = datetime.fromtimestamp(wall / 1000, UTC)
-            expected = walk.at_time(wall, found)
-        if expected is None:
-            with pytest.raises(ValueError, match="outside of the window"):
-                await read_state("lab", walk.storage, at=at, clock=clock)
-            continue
-        view = await read_state("lab", walk.storage, at=at, clock=clock)
-        times += isinstance(at, datetime)
-        assert (view.revision, await view.get_all()) == (expected, walk.moments[expected].values), at
-    assert len(found) > 10
-    assert times > 50
+    assert await walk.check(MOMENTS) > 10
+    print(f"{walk.read} moments of {max(walk.moments)} were right")
+    assert walk.read > MOMENTS // 2
+
+
+@pytest.fixture
+def session() -> Any:
+    """Return a session for all clients. It is made outside of the event loop, because it reads files."""
+    return session_of_all()
+
+
+@pytest.mark.timeout(3600 if THOROUGH else 120)
+@pytest.mark.parametrize("seed", range(4 if THOROUGH else 1))
+async def test_a_random_walk_in_s3(
+    bucket: Bucket, clock: ManualClock, session: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same holds in S3. There, some snapshots are copied, and the records lead to the others."""
+    monkeypatch.setattr(_s3_keeping, "_MOST_NUMBERS", 4)
+    storage = bucket.storage(history=YEAR, history_bytes=None, session=session)
+    storage._time = QuickTime(clock)
+    walk = Walk(storage, clock, seed)
+    await walk.live(80 if THOROUGH else 6)
+    assert await walk.check(MOMENTS if THOROUGH else 4) > (10 if THOROUGH else 1)
+    print(f"{walk.read} moments of {max(walk.moments)} were right")
+    assert walk.read > (MOMENTS // 2 if THOROUGH else 1)
 
 
 async def test_beside_a_writer(tmp_path: Path) -> None:
