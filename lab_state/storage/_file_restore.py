@@ -14,7 +14,7 @@ import zlib
 from lab_state import _journal as journal
 from lab_state._clock import wall_now
 from lab_state._journal import NO_BASE, FrameKind
-from lab_state.exceptions import CorruptionError, StorageError
+from lab_state.exceptions import CorruptionError, StorageError, UnsupportedError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
@@ -108,9 +108,20 @@ def keep_present(writer: Writer) -> None:
     """Link the present files into the history, even without `history=`.
 
     Raises:
+        UnsupportedError: Hard links are not possible, or a permission is missing. Nothing may be replaced.
         StorageError: A file could not be linked. Then nothing may be replaced.
     """
-    link_present(writer.paths, writer.name, writer.base, writer.snapshot_fingerprint)
+    paths = writer.paths
+    try:
+        link_present(paths, writer.name, writer.base, writer.snapshot_fingerprint)
+    except StorageError as error:
+        cause = error.__cause__
+        if not (isinstance(cause, OSError) and cause.errno in NO_LINKS):
+            raise
+        raise UnsupportedError(
+            f"{paths.snapshot} is not restored in place, because its files could not be linked into {paths.history} "
+            f"({cause.strerror}): restore into another name, or move the state to a file system with hard links"
+        ) from cause
 
 
 def keep_apart(writer: Writer) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -477,6 +478,61 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
     monkeypatch.setattr(_fs, "os", disk)
     return disk
+
+
+async def test_a_damaged_generation(storage: FileStorage, clock: ManualClock, tmp_path: Path) -> None:
+    """Its moments cannot be restored. The error names the file, and nothing is changed."""
+    await fill(storage, clock)
+    await restore_state("lab", storage, 4, into="lab", clock=clock)
+    kept = next(path for path in (tmp_path / "lab.history").iterdir() if path.suffix == ".json")
+    kept.write_bytes(kept.read_bytes().replace(b"key-1", b"key-7"))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("lab.j*")}
+    for into in ("lab", "copy"):
+        with pytest.raises(CorruptionError, match=re.escape(str(kept))):
+            await restore_state("lab", storage, 5, into=into, clock=clock)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("lab.j*")} == before
+    assert not (tmp_path / "copy.json").exists()
+    assert (await restore_state("lab", storage, 7, into="lab", clock=clock)).revision == 8
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (errno.ENOSPC, "No space left on device; free some space"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EPERM, r"is not restored in place, because .* \(Operation not permitted\): restore into another name"),
+    ],
+)
+async def test_files_that_cannot_be_linked(
+    clock: ManualClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int, told: str
+) -> None:
+    """The state before could not be read any more, so nothing is replaced. The next restore succeeds."""
+    storage = FileStorage(tmp_path)
+    model = await fill(storage, clock)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("lab.j*")}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        with pytest.raises(StorageError, match=told):
+            await restore_state("lab", storage, 4, into="lab", clock=clock)
+        assert (await restore_state("lab", storage, 4, into="copy", clock=clock)).revision == 4
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("lab.j*")} == before
+    assert not (tmp_path / "lab.history").exists()
+    assert await restore_state("lab", storage, 4, into="lab", clock=clock) == Restored(7, 6)
+    assert await values(storage, clock) == model[4]
+
+
+async def test_a_file_in_the_place_of_the_history(clock: ManualClock, tmp_path: Path) -> None:
+    """The error says what to do, and nothing is replaced."""
+    storage = FileStorage(tmp_path)
+    model = await fill(storage, clock)
+    (tmp_path / "lab.history").touch()
+    with pytest.raises(UnsupportedError, match=r"lab\.history must be a directory"):
+        await restore_state("lab", storage, 4, into="lab", clock=clock)
+    assert await values(storage, clock) == model[6]
 
 
 async def test_a_failed_write(storage: FileStorage, clock: ManualClock, disk: Disk) -> None:
