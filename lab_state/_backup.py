@@ -168,7 +168,7 @@ class _Backup:
             revision = await self._write_view(file)
             await self._run(file.publish)
         except asyncio.CancelledError:
-            self._thread.submit(self._discard)  # without a wait, because the disk may hang
+            self._thread.submit(self._discard)  # do not wait for this, because the disk may hang
             raise
         except BaseException:
             await self._run(self._discard)

@@ -38,8 +38,8 @@ async def list_states(storage: Storage) -> list[StateInfo]:
         storage: The storage.
 
     Raises:
-        UnsupportedError: The storage cannot list its states, as a storage of another package. Or the directory is missing, or a
-            permission is missing.
+        UnsupportedError: The storage cannot list its states, because it is from another package. Or the directory is missing, or
+            a permission is missing.
         UnavailableError: The states could not be listed this time: call again.
     """
     return [StateInfo(*one) for one in await catalog_of(storage).states()]
@@ -48,7 +48,7 @@ async def list_states(storage: Storage) -> list[StateInfo]:
 async def remove_state(name: str, storage: Storage, *, history: bool = False) -> None:
     """Remove a state that no manager has open.
 
-    The history stays, and gets the last generation. So `restore_state(name, storage, at, into=name)` brings the state back. A
+    The history stays, and the last generation is added to it. So `restore_state(name, storage, at, into=name)` brings the state back. A
     storage without a history deletes the state permanently. With `history=True` the history is removed, too.
 
     On disk, the call deletes all files of the state but its lock and, without `history=True`, its history. It does not

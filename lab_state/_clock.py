@@ -148,7 +148,7 @@ class within:  # noqa: N801 -- in lower case, like asyncio.timeout
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
-        assert task is not None  # it is used only in tasks
+        assert task is not None  # `within` is used only in tasks
         self._task, self._cancelling = task, task.cancelling()
         self._timer = self._clock.call_later(self._seconds, self._expire)
 

@@ -167,7 +167,7 @@ class CallCore:
 
     def check_open(self) -> None:
         """Raise a `LabStateError` unless calls are allowed."""
-        _ = self.durability  # raises the error
+        _ = self.durability  # raises an error if calls are not allowed
 
     @property
     def must_wait(self) -> bool:
@@ -234,7 +234,7 @@ class Core(CallCore):
 
     def close(self, closed: State) -> Watchers:
         """Refuse calls from now on. Return the watchers, which still have to be closed."""
-        _ = self.durability  # raises unless it is open
+        _ = self.durability  # raises an error unless calls are allowed
         self.counters = self.counted()
         self.state.close_views()
         self.state, self._durability, self.port = closed, None, None
@@ -327,7 +327,7 @@ class Core(CallCore):
 
     def check_open(self) -> None:
         """Raise a `LabStateError` unless the manager is running; see `durability`."""
-        if self._durability is None:  # as in `durability`, without the cost of a property
+        if self._durability is None:  # this repeats `durability`, without the cost of a property
             raise self._not_running()
 
     # Transactions

@@ -39,7 +39,7 @@ class EarlyFlush:
         self._keys = 0  # the number of changed keys at the last estimate
         self._stored = state.stored  # the number of stored values at the last estimate
         self._bytes = 0  # the last estimate
-        self._asked = 0  # the estimate at the last call of `flush`
+        self._asked = 0  # the estimate at the last call of `flush`, or a later estimate that is lower
         state.on_first_change = self._wait
 
     def _wait(self) -> None:

@@ -210,7 +210,7 @@ class Overlay(Layer):
                 view[key] = value
             elif key in view:
                 del view[key]
-        for _ in some:  # only now, so that an error above, such as a `MemoryError`, loses no write
+        for _ in some:  # this comes last, so that an error above, such as a `MemoryError`, loses no write
             self.top.popitem()
         self._left = len(self.top)
         return bool(self.top)

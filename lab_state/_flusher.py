@@ -120,7 +120,7 @@ class Flusher(Outcomes):
         self._deadline = self._clock.monotonic() + timeout
         self._end_timers()
         standstill = Standstill(self._clock, timeout, self._progress.number)
-        if self._task.done() or self._task.get_loop() is not self.loop:  # ended early, or its loop was closed
+        if self._task.done() or self._task.get_loop() is not self.loop:  # the task ended early, or its loop was closed
             self._start(self._run())
         self._wake.set()
         await asyncio.wait({self._task, standstill.reached}, return_when=asyncio.FIRST_COMPLETED)
@@ -338,7 +338,7 @@ class Flusher(Outcomes):
             self._failed(error)
             return error
         except BaseException:  # for example, the event loop cancels all its tasks when it ends
-            if self._under_way is taken:  # otherwise `move` has put them back
+            if self._under_way is taken:  # otherwise `move` has put the changes back
                 self._put_back()
             raise
         else:

@@ -150,7 +150,7 @@ def _show(copy: State, change: Callable[[], int | None], revision: int, expired:
     try:
         if change() is None:
             copy.skip_to(revision)
-    except BaseException:  # such as a MemoryError: a part of the step may be missing, so the caller repeats it
+    except BaseException:  # such as a MemoryError: a part of the step may be missing, so the caller repeats the step
         copy.take()
         copy.skip_to(before)
         raise

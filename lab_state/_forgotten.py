@@ -94,5 +94,5 @@ def _run_close(session: StorageSession) -> None:
     async def close() -> None:
         await asyncio.wait_for(session.aclose(), _LONGEST_CLOSE)
 
-    with contextlib.suppress(Exception):  # there was a `ResourceWarning`, and no caller can get the error
+    with contextlib.suppress(Exception):  # a `ResourceWarning` was shown, and no caller can get the error
         asyncio.run(close())

@@ -100,7 +100,7 @@ class Scan(NamedTuple):
 
 
 _FOLLOWED = re.compile(rb',"followed":true(?:,"seq":\d{1,19},"fence":\d{1,19})?,"crc32":"[0-9a-f]{8}"\}\}\Z')
-_FOLLOWED_BYTES = 128  # more than the longest match has
+_FOLLOWED_BYTES = 128  # the longest match has fewer bytes
 
 _FRAME = re.compile(rb"([0-9a-f]{8}) ((\d{1,15}) ([A-Z]) )")
 _LONGEST_HEAD = 8 + 1 + 15 + 3
@@ -199,7 +199,7 @@ def scan(data: bytes, name: str, path: str) -> Scan:
     """
     head, position = _read_header(data, name, path)
     frames: list[Frame] = []
-    searched = position  # no frame may follow from here on
+    searched = position  # no valid frame may start at this offset or after it
     while (found := _frame_at(data, position, head.salt)) is not None:
         kind, payload, searched = found
         if (known := _known_kind(kind, position, path)) is FrameKind.END:

@@ -14,7 +14,7 @@ from lab_state.config import Config
 from lab_state.exceptions import LockedError
 from lab_state.storage._protocol import Recovery, Storage, StorageSession
 
-_FIRST_PAUSE = 0.05  # in seconds, as are the next two
+_FIRST_PAUSE = 0.05  # this and the next two values are in seconds
 _LONGEST_PAUSE = 0.5
 _TOLD_EVERY = 10.0
 

@@ -19,7 +19,7 @@ from lab_state.config import Config
 from lab_state.exceptions import FencedError, StorageError
 from lab_state.storage._protocol import Recovery
 
-_FIRST_PAUSE = 0.1  # in seconds, as the next two
+_FIRST_PAUSE = 0.1  # this and the next two values are in seconds
 _LONGEST_PAUSE = 5.0
 _LONG_CHECKPOINT = 1.0
 

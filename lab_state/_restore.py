@@ -40,8 +40,8 @@ async def restore_state(
 ) -> Restored:
     """Restore a state as it was at an earlier moment: in place, or as a new state.
 
-    Keys that have expired since the moment are not restored. Other keys keep their expiry times. The moment is found
-    as by `read_state`; so the restored changes may end before `at`.
+    Keys that have expired since the moment are not restored. Other keys keep their expiry times. The restored state is the last
+    stored moment that is not after `at`; see `read_state`.
 
     With another name as `into`, the call makes a new state there, with the revision of the moment. The state `name` is only read,
     and a manager may be running on it.
@@ -123,7 +123,7 @@ async def _restore_in_place(  # noqa: PLR0917 -- all are needed, and each means 
     if present is not None and present.size:
         revision, before = max(revision, present.state.revision + 1), present.state.revision
         if present.state.time:
-            time = _time(present.state, clock)  # the state's own clock goes on
+            time = _time(present.state, clock)  # the time of the restored state continues that of the present state
     kept = await restoring.put(snapshot_source(found, revision, time, clock), is_damaged=is_damaged)
     if kept is not None:
         _logger.warning("%s: the damaged files are kept in %s; delete them when they are no longer needed", name, kept)

@@ -127,7 +127,8 @@ def pieces(large: Value) -> Iterator[bytes]:
             yield encode(large[start : start + SLICE_BYTES])[1:-1]
         yield b'"'
     else:
-        view = memoryview(cast("Json | Raw", large))  # never a number: its JSON is short
+        # The value is never a number, because the JSON of a number is short.
+        view = memoryview(cast("Json | Raw", large))
         for start in range(0, len(view), SLICE_BYTES):
             yield bytes(view[start : start + SLICE_BYTES])
 

@@ -104,7 +104,7 @@ class DraftCore(CallCore):
         if len(draft.changes) < _batch.MANY:
             return draft.merge()
         batch = draft.batch()
-        self.end()  # from here on, other tasks cannot add changes
+        self.end()  # from now on, other tasks cannot add changes
         await run_in_steps(batch.prepare(), self._check_turn)
         durability.check_writable()
         return batch.switch()

@@ -60,7 +60,7 @@ _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 
 _NO_ROOM = (
     "there are so many nested calls here that Python's recursion limit is too low for the nesting of the value; "
-    "store it with fewer calls above"
+    "store it from a place with fewer nested calls"
 )
 _TOO_DEEP = f"more than {MAX_DEPTH} levels of nesting cannot be kept"
 _LONE_SURROGATE = "a str with a lone surrogate cannot be kept: UTF-8 cannot hold it"

@@ -164,7 +164,8 @@ class UnsupportedError(StorageError):
     in the child. The calls of a reader that is open in the parent raise this error, too. Open another reader.
     """
 
-    is_missing: bool = False  # whether there is no state of this name, which has an exit code of the command
+    # Whether the error says that there is no state of this name. The command has an exit code for this.
+    is_missing: bool = False
 
 
 class LockedError(StorageError):

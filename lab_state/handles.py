@@ -172,7 +172,7 @@ class Scope(Calls):
                 core = tx._core  # noqa: SLF001 -- the handle and its transactions belong together
                 found = core.seed
                 if not core.has_conflict and not isinstance(error, _NotDurableError):
-                    raise  # a transaction that `fn` has opened elsewhere raised it
+                    raise  # a transaction that `fn` has opened elsewhere raised the error
                 # If an attempt with a seed brings no new seed, `fn` reads more than a seed contains. Then use no further seed.
                 is_repeated = is_repeated and (seed is None or found is not None)
                 seed = found if is_repeated else None

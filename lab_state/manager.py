@@ -458,7 +458,7 @@ class Manager(Scope, BackedUp):
     @property
     def _mirror(self) -> MirrorWriter | None:
         """The writer of the mirror, if this process owns the state and has a cache; otherwise `None`."""
-        running = self._running  # read once, as in `_flusher`
+        running = self._running  # read once, because another thread may call this
         return running.mirror if isinstance(running, Member) else self._own_mirror
 
     def _set_strict(self, *, strict: bool) -> None:

@@ -23,7 +23,7 @@ def migrate(draft: StateDraft, name: str, to: int, function: Migrate) -> None:
     """Run one migration on a draft.
 
     Args:
-        draft: The draft, which has the changes of the migrations before.
+        draft: The draft, which has the changes of the earlier migrations.
         name: The name of the state.
         to: The version to which the migration leads.
         function: The migration.

@@ -49,8 +49,8 @@ class Schema:
                 downgrade. The older code then leaves the stored version as it is. So this code must be able to read,
                 without a migration, what the older code writes.
             types: The types of the values by the prefix of their keys, such as `{"users/": User}`. For each key, the
-                longest prefix that fits it is used. A migration checks each value under these prefixes at its end. Each write under them refuses
-                a value that is not of its type. Such a write decodes the value once more.
+                longest prefix that fits it is used. At the end of a migration, each value under these prefixes is checked. A write of
+                a key under them refuses a value that is not of its type. Such a write decodes the value once more.
             strict: Whether a member that a type does not know is an error. Then `start()` checks each value under `types`, which
                 takes several times as long as loading the state, and each write checks its value.
 
@@ -85,7 +85,8 @@ class Schema:
         """Return a decorator for the function that migrates a state from version `to - 1` to version `to`.
 
         The function gets a `MigrationDraft`, changes it, and returns nothing. It runs on the event loop, which waits for its
-        end. It must not be `async`. It may run more than once, if a start fails after it: so it should have no other effects.
+        end. It must not be `async`. If a start fails after the function has run, the next start runs it again. So the function
+        should have no other effects.
 
         Args:
             to: The version to which the function leads: 2 to `version`.

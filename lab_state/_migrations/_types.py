@@ -107,7 +107,7 @@ def _unknown_member(value: bytes | Raw, decoded: object, type_: Any) -> str | No
 
 
 def _changes(tree: object, way: tuple[Any, ...], type_: Any) -> bool:
-    """Return whether the member at a way has an effect when decoded JSON is read as a type."""
+    """Return whether a member has an effect when decoded JSON is read as a type. `way` is the path to the member."""
     try:
         again = decode_json(encode(decode_value(Json(encode(tree)), type_)))
     except TypeMismatchError:
@@ -116,7 +116,7 @@ def _changes(tree: object, way: tuple[Any, ...], type_: Any) -> bool:
 
 
 def _dropped(before: Any, after: Any, way: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any]]]:
-    """Yield each member of decoded JSON that is missing in other decoded JSON: the way to it, and the dict that has it."""
+    """Yield each member of decoded JSON that is missing in other decoded JSON: the path to it, and the dict that has it."""
     if before.__class__ is dict and after.__class__ is dict:
         for name, part in list(before.items()):
             if name in after:

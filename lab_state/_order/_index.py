@@ -271,7 +271,8 @@ class Index:
         sample = sorted(chain.from_iterable(part[::stride] for part in parts))
         limits = sample[:: max(4, len(sample) * _BUCKET // count)][1:]
         buckets: list[list[str]] = [[] for _ in range(len(limits) + 1)]
-        _untrack(0, 1)  # quick while the buckets are empty; afterwards only a full collection visits them
+        # This is quick while the buckets are empty. Afterwards only a full collection visits the buckets.
+        _untrack(0, 1)
         while parts:
             yield
             for key in parts.pop():

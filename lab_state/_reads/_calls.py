@@ -439,7 +439,7 @@ class Reads(Ranges):
         try:
             check_key(self._full(key))
         except InvalidKeyError as error:
-            raise error from None  # without the `KeyError` of the dict in the traceback
+            raise error from None  # so the traceback does not have the `KeyError` of the dict
         if default is MISSING:
             self._core.counters.get_errors += 1
             raise KeyNotFoundError(str(key)) from None

@@ -305,7 +305,7 @@ class Feed:
                 local.add(found)
                 await asyncio.sleep(0)
         last = await self._head()
-        await subscription.ping()  # then all messages before the second head were received
+        await subscription.ping()  # when this returns, all messages before the second head were received
         while local.replay(_REPLAYED_AT_ONCE):  # noqa: ASYNC110 -- the condition does the work
             await asyncio.sleep(0)
         return local.finish_loading(last)

@@ -38,7 +38,7 @@ FORMAT = 1
 HEAD = RESERVED
 """The name of the field with format, revision, writer and fill. It is reserved: no key has this name."""
 
-_MOST_KEYS = 50  # in one slice
+_MOST_KEYS = 50  # the largest number of keys in one slice
 _MOST_BYTES = 32 * 1024  # a slice ends with the key that reaches this size
 _LARGE = 64 * 1024  # a value of this size is encoded in pieces
 

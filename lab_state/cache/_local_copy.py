@@ -135,7 +135,7 @@ class LocalCopy:
         assert head is not None  # a copy that is fresh, or being loaded, has a head
         if end.writer != head.writer or end.start > head.revision or end.end < head.revision:
             return False
-        if end.resync:  # a fill, possibly at the same revision
+        if end.resync:  # there was a fill, possibly at the same revision
             return False
         if end.end == head.revision:
             return True

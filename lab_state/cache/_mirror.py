@@ -113,7 +113,7 @@ class MirrorWriter:
         self._ahead = 0
         self._has_times = False  # whether the mirror may have expiry times
         self._tried: int | None = None  # the revision of a step whose outcome is unknown
-        self._is_owner = True  # until the first fill, because the start has just made this manager the owner
+        self._is_owner = True  # True until the first fill, because the start has just made this manager the owner
         self._idle = False  # whether a check of the mirror is due
         self._stopping = False
         self._holding: asyncio.Timeout | None = None  # the timeout of a fill, while it holds a view
@@ -122,7 +122,7 @@ class MirrorWriter:
         """Start the task for the state of a flusher. If this raises an error, no task was started."""
         self._flusher = flusher
         self._schedule_heartbeat()
-        self._commits = 0  # since the last step
+        self._commits = 0  # the number of commits since the last step
         self._known = flusher.state.taken  # the revision of the last commit that `committed` got
         self._wake.set()
         try:

@@ -54,8 +54,8 @@ async def _salvaged(state: Target, storage: Storage, restoring: Restoring | None
     """Return what can be saved of a state. Nothing is changed. `restoring` has the state open, if a repair follows."""
     if state.place.bucket:
         from lab_state.storage.s3 import S3Storage  # noqa: PLC0415 -- only a bucket needs it
-        from lab_state.storage.s3._pieces import read_pieces  # noqa: PLC0415 -- likewise
-        from lab_state.storage.s3._restoring import S3Restoring  # noqa: PLC0415 -- likewise
+        from lab_state.storage.s3._pieces import read_pieces  # noqa: PLC0415 -- only a bucket needs it
+        from lab_state.storage.s3._restoring import S3Restoring  # noqa: PLC0415 -- only a bucket needs it
 
         if isinstance(restoring, S3Restoring):
             return salvage_objects(await restoring.pieces())

@@ -196,7 +196,7 @@ async def send_changes(
         with stop.calling(end.set), suppress(*client_left):
             async with aclosing(changes_until(end, watch, math.inf)) as changes:
                 async for change in changes:
-                    assert change is not None  # without a heartbeat
+                    assert change is not None  # without a heartbeat, no change is `None`
                     await send(_encode(change, data).decode())
     finally:
         reading.cancel()

@@ -38,7 +38,7 @@ class Arrivals:
         self._token = 0
         self._questions: dict[int, _Question] = {}
         self._waiting: dict[asyncio.Future[None], int] = {}
-        self._error: LabStateError | None = None  # why the copy will reach no further revision
+        self._error: LabStateError | None = None  # the reason why the copy will reach no further revision
 
     async def catch_up(self, now: float) -> None:
         """Ask the owner for its durable revision, and wait until the copy has this revision. If there is no owner, wait for the next one.

@@ -24,7 +24,9 @@ class Attempts:
         """Begin without a key. `monotonic_ns` returns the time of `CLOCK_MONOTONIC`, in nanoseconds."""
         self.on_made: Callable[[str], object] | None = None
         self._now = monotonic_ns
-        self._until: dict[str, int] = {}  # ordered by these times
+        self._until: dict[
+            str, int
+        ] = {}  # the time until which an attempt is awaited, by key, in the order of these times
 
     def __len__(self) -> int:
         """Return the number of keys that are kept."""

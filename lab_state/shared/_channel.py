@@ -176,7 +176,7 @@ class Channel:
             self._close(problem)
         except BaseException:
             self._close(None)
-            raise  # the event loop reports it
+            raise  # the event loop reports the error
 
     def _handle_each(self, frames: Iterator[ReceivedFrame]) -> None:
         for frame in frames:
@@ -204,7 +204,7 @@ class Channel:
             self._close(error)
         elif error is not None:
             self._close(None)
-            raise error  # the event loop reports it
+            raise error  # the event loop reports the error
         elif self.is_open:
             self._loop.add_reader(self._socket, self._receive)
             self._handle_all(frames)

@@ -146,7 +146,7 @@ async def encoded_in_turns(call: Call) -> list[bytes]:
     for part in encode_body(call):
         body.append(part)
         await asyncio.sleep(0)
-    encode_large_call(call, body)  # raises the error
+    encode_large_call(call, body)  # raises an error if the message is too large
     return body
 
 

@@ -253,7 +253,8 @@ class Follower:
 
     async def _apply_in_turns(self, record: ParsedRecord) -> None:
         self._note(await self._copy.apply_in_turns(record), record)
-        self._copy.state.free(record.changes)  # in steps, because to free 100,000 keys at once would take 10 ms
+        # This works in steps, because freeing 100,000 keys at once would take 10 ms.
+        self._copy.state.free(record.changes)
 
     def _note(self, outcome: Outcome, record: ParsedRecord) -> None:
         if outcome is Outcome.GAP:

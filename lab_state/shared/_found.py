@@ -113,7 +113,7 @@ def _revision_of(snapshot: bytes | None, path: str, crc: int | None) -> int | No
     try:
         meta = check_member(snapshot, member, path, zlib.crc32(snapshot) if crc is None else crc)
     except CorruptionError:
-        # It is damaged, or from another program. The caller then decodes all of it, which raises the right error.
+        # The snapshot is damaged, or from another program. The caller then decodes all of it, which raises the right error.
         return None
     # A snapshot without a checksum was edited, so it differs from each copy.
     return None if meta.crc32 is None else meta.revision

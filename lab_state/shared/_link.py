@@ -195,7 +195,7 @@ class Link:
         self._is_asked_soon = False
         if self.is_admitted and self._channel is not None:
             self._channel.send(self._side.calls_to_send())
-            self._channel.flush()  # now, because this runs at the end of the step
+            self._channel.flush()  # send now, because this runs at the end of the step
 
     def _tick(self) -> None:
         self._timer = self._clock.call_later(LIFE, self._tick)

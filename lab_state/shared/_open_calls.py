@@ -82,7 +82,7 @@ class OpenCalls(Generic[C]):
         self.heard: int | None = None
         self.connection: int = 0
         self._last = 0
-        self._open: dict[int, OpenCall[C]] = {}  # in the order of the numbers
+        self._open: dict[int, OpenCall[C]] = {}  # the open calls by number, in the order of the numbers
         self._waiting: deque[OpenCall[C]] = deque()
         self._bytes = 0
 

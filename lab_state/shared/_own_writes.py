@@ -23,7 +23,8 @@ def noting_writes() -> Generator[dict[str, int]]:
     try:
         yield written
     finally:
-        _WRITTEN.set(before)  # not by a token: at the end of an event loop, the block may be left in another context
+        # A token cannot be used: at the end of an event loop, the block may be left in another context.
+        _WRITTEN.set(before)
 
 
 def note_write(name: str, revision: int) -> None:

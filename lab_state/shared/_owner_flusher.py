@@ -111,7 +111,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         self.last_records: LastRecords = LastRecords(session.recovery.records, layer.copy.revision)
         self._listener = listener
         self._applier = RecordApplier(layer.copy)
-        self._record = ParsedRecord(0, 0, cleared=False, changes={})  # the record under way
+        self._record = ParsedRecord(0, 0, cleared=False, changes={})  # the record of the commit under way
         self._data = b""
         self._asked = False  # whether a client has asked for the next commit
         self._turn = asyncio.Lock()  # held while a call is executed in steps
@@ -271,7 +271,7 @@ class OwnerFlusher(Flusher, Generic[C]):
 
     async def _write(self, taken: ChangeSet, views: SnapshotViews, calls: RecordCalls | None = None) -> bool:  # noqa: ARG002 -- the views and the results of the owner are used instead
         self._asked = False
-        calls = self.engine.begin(taken)  # in the same step as `take`
+        calls = self.engine.begin(taken)  # this must be done in the same step as `take`
         self._record = record_of(taken, calls)
         frames = FrameViews(self.shown, taken, calls, given=self._progress.count)
         try:

@@ -334,7 +334,7 @@ class SharedPort(DataCalls):
                 self._end(call, error)
             else:
                 self._end(call, end)
-        self._send_soon()  # calls that waited for room
+        self._send_soon()  # send the calls for which there is room now
 
     def _end(self, call: OpenCall[PendingCall], end: Ended | BaseException) -> None:
         """End a call, and give the end to its caller, unless the caller was cancelled."""
@@ -412,7 +412,7 @@ class SharedPort(DataCalls):
             if is_due(call.call.made):
                 self._end(call, self._unavailable(call, why))
         self.arrivals.give_up(is_due, why)
-        self._send_soon()  # calls that waited for room
+        self._send_soon()  # send the calls for which there is room now
 
     def _unavailable(self, call: OpenCall[PendingCall], why: str) -> UnavailableError:
         outcome: Outcome = "not made" if call.call.is_empty else call.outcome

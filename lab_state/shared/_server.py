@@ -131,7 +131,7 @@ class Server:
             if not self._cannot_accept:
                 self._log.error("cannot accept connections, and tries again each second: %s", problem.strerror)
             self._cannot_accept = True
-            self._loop.remove_reader(listener)  # until the next tick
+            self._loop.remove_reader(listener)  # the next tick adds the listener again
             return
         self._cannot_accept = False
         accepted.setblocking(False)

@@ -59,7 +59,7 @@ def read_files(
                 before, older = look, before
                 if older is not None:
                     older.close()
-            # A large file on a slow disk may take longer than this to be read once. Two readings are always made.
+            # Two readings are always made, because one reading of a large file on a slow disk may take longer than 5 s.
             if monotonic() >= end and not is_first:
                 break
             is_first = False

@@ -67,7 +67,7 @@ def take_lock(directory: str, name: str, *, create: bool, shared: bool = False) 
     """
     paths = Paths.of(folder.opened(directory, create=create), name)
     if not create:
-        _check_there(paths)  # before the lock file is created
+        _check_there(paths)  # this comes before the lock file is created
     try:
         return paths, Lock(paths.lock, shared=shared)
     except LockedError as error:

@@ -126,7 +126,7 @@ def _remove_files(paths: Paths, name: str) -> None:
     left = re.compile(re.escape(name) + _LEFT, re.ASCII)
     for file in filter(left.fullmatch, lookup.names_in(paths.directory)):
         fs.delete(os.path.join(paths.directory, file))
-    fs.delete(address_of(paths.directory, name).path)  # an owner that was killed leaves its socket
+    fs.delete(address_of(paths.directory, name).path)  # an owner that was killed leaves the file of its socket
 
 
 def _remove_history(paths: Paths) -> None:

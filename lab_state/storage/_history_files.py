@@ -197,7 +197,7 @@ def link_all(paths: Paths, links: list[Link], *, sync: bool, sync_parent: bool) 
         for target in made:
             fs.discard(target)
         with contextlib.suppress(OSError):
-            os.rmdir(paths.history)  # if it is empty
+            os.rmdir(paths.history)  # this fails if the directory is not empty
         raise
     return bool(made)
 

@@ -62,7 +62,7 @@ class KeptHistory:
         self._paths = paths
         self._name = name
         self._keeping = keeping
-        self._added = 0  # generations since the last call of `prune`
+        self._added = 0  # the number of generations that were added since the last call of `prune`
         self._is_settled = False  # whether the journal in use is linked, or this has failed
         # Whether the start found the journal in use. Then its bytes may be only in the page cache.
         self._is_found = True

@@ -31,7 +31,7 @@ class KeptFiles:
         """Set the path of the snapshot. No file is touched."""
         self.is_unread: bool = False
         self._path = path
-        self._seen: set[lookup.Fingerprint] = set()  # files that need not be kept, or not again
+        self._seen: set[lookup.Fingerprint] = set()  # files that need not be kept, or were kept already
 
     def look(self, known: lookup.Fingerprint | None, base: str) -> None:
         """Link a foreign file at the path as `<path>.replaced-<time>`, and log an ERROR. Do nothing if there is none.

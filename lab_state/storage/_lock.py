@@ -104,7 +104,7 @@ class Lock:
         self._remedy = _SHARED_REMEDY if shared else _REMEDY
         self._since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._opening = True
-        forks.disown_in_children(self)  # before the file is opened: a fork can happen at any time
+        forks.disown_in_children(self)  # this comes before the file is opened, because a fork can happen at any time
         try:
             self._fd = fs.open_lock(path)
             self._identity = lookup.identity(self._fd, path)
@@ -364,6 +364,6 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return lookup.fingerprint(f"/proc/{pid}") is not None
-    except PermissionError:  # it belongs to another user, and `/proc` may hide it
+    except PermissionError:  # the process belongs to another user, and `/proc` may hide it
         return True
     return True

@@ -90,7 +90,7 @@ class HistoryFigures(NamedTuple):
     Attributes:
         failures: The number of files that could not be added since the start. Each of them leaves a hole.
         generations: The number of generations when they were last counted, without the one in use.
-        bytes: The number of their bytes.
+        bytes: The number of bytes of these generations.
     """
 
     failures: int

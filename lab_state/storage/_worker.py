@@ -53,7 +53,7 @@ class Threads:
         self._ready: SimpleQueue[Worker | None] = SimpleQueue()
         self._count = 0
         self._free = 0  # the number of idle threads, minus the number of workers that wait for a thread
-        self._workers = 0  # workers that were not shut down
+        self._workers = 0  # the number of workers that were not shut down
         self.turns: int = 0  # the number of calls that have ended
         # One item for each worker that was collected without `shutdown`, and is still counted.
         self._dropped: deque[None] = deque()

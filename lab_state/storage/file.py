@@ -337,7 +337,7 @@ class FileSession:
 
     async def whole(self) -> Recovery:
         """Return the recovery with the snapshot; see `SharedSession.whole`."""
-        if self.recovery.snapshot is None and self._writer.base != NO_BASE:  # it was left out
+        if self.recovery.snapshot is None and self._writer.base != NO_BASE:  # the snapshot was left out
             snapshot = await self._run(self._commits, fs.read, self._writer.paths.snapshot)
             self.recovery = self.recovery._replace(snapshot=snapshot)
         return self.recovery

@@ -262,7 +262,7 @@ class FaultyStorage:
         self.faults += 1
         if fault.kind == "after":
             result = await call()
-            if isinstance(result, _Closable):  # it is a session, which the caller does not receive
+            if isinstance(result, _Closable):  # the result is a session, which the caller does not receive
                 await result.aclose()
         if fault.kind == "torn" and tear is not None:
             tear()

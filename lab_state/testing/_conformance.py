@@ -361,7 +361,7 @@ class StorageConformance(ReadingConformance):
     async def _end(self, manager: Manager) -> None:
         """End a manager as SIGKILL does."""
         flusher = manager._flusher  # noqa: SLF001 -- every public call that ends a manager also writes
-        assert flusher is not None  # the manager runs
+        assert flusher is not None  # every manager that runs has a flusher
         session = flusher.abort()
         await asyncio.sleep(0)
         await self.crash(session)

@@ -113,7 +113,7 @@ def cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, An
         else:
             _ = asyncio.isfuture(waiting) and waiting.cancel()
         waiting = call.throw(asyncio.CancelledError())
-        while True:  # during its cleanup the call may await
+        while True:  # the call may await during its cleanup
             yield waiting
             waiting = call.send(None)
     except asyncio.CancelledError:

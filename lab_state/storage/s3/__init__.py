@@ -318,7 +318,7 @@ def _import() -> None:
 
 def _checked_bucket(bucket: str) -> str:
     if not _BUCKET.fullmatch(str(bucket)):
-        shown = "this" if "@" in str(bucket) else repr(bucket)  # it may be a URL with a password in it
+        shown = "this" if "@" in str(bucket) else repr(bucket)  # the text may be a URL with a password in it
         raise ValueError(f"{shown} is not the name of a bucket: it needs 3 to 63 letters, digits, dots and hyphens")
     return bucket
 

@@ -122,7 +122,8 @@ async def begin_in_use(store: Requests, names: Names, present: ObjectInfo | None
     stamp = same_stamp(stamp_at_end(end), stamp_in_metadata(found.metadata, path), path)
     seq = 0 if stamp is None else stamp.seq
     listed = await numbers(store, names, seq)
-    if stamp is None and gap(listed, 0, None, names) is not None:  # see `Loader`
+    # The snapshot does not say which records it covers; see `Loader`.
+    if stamp is None and gap(listed, 0, None, names) is not None:
         seq = min((number for number, size in listed.items() if size), default=max(listed) + 1) - 1
         listed = {number: size for number, size in listed.items() if number > seq}
     # Without a moment, another program wrote the snapshot, and it is loaded as revision 0.

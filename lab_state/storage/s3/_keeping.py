@@ -55,7 +55,7 @@ class Keeper:
         self._before = 0  # the number of bytes of records before the first snapshot
         self._counted = 0  # the number of the last record whose size was counted
         self._last: tuple[Older, int] | None = None  # the last copy of this session, with its size
-        self._added = 0  # the number of generations since the last pruning
+        self._added = 0  # the number of generations that were added since the last pruning
 
     @property
     def figures(self) -> HistoryFigures:
@@ -92,7 +92,7 @@ class Keeper:
         if self._last is None or self._counted < seq:
             return False
         older, copied = self._last
-        if not self._kept or self._kept[-1] != older:  # it was pruned
+        if not self._kept or self._kept[-1] != older:  # that copy was pruned
             return False
         records = self._sizes[-1] - copied
         return seq - older.seq < _MOST_NUMBERS and records < max(_LEAST_BYTES, size)
@@ -219,7 +219,7 @@ class Keeper:
     async def _delete_oldest(self, covered: int) -> bool:
         """Delete the oldest generation. Return False if a part of it is left for the next call."""
         kept = await self._listed()
-        is_first = self._before > 0  # the records before the first snapshot
+        is_first = self._before > 0  # whether the oldest generation consists of the records before the first snapshot
         start = 0 if is_first else kept[0].seq
         following = kept if is_first else kept[1:]
         end = following[0].seq if following else covered

@@ -247,7 +247,7 @@ class Loader:
         self._crc: int | None = None
         self._base = NO_BASE
         self._same = 0  # the number of failed loads since the snapshot was fetched
-        self._objects: dict[int, NumberedObject] = {}  # a number is never used twice
+        self._objects: dict[int, NumberedObject] = {}  # the fetched objects by number; no number is used twice
 
     async def load(self) -> Loaded:
         """Load the whole state.
