@@ -147,8 +147,8 @@ CRASH: dict[str, tuple[str, dict[str, str]]] = {
         {"LAB_STATE_HISTORY_READS": "10000", "LAB_STATE_HISTORY_MOMENTS": "1000"},
     ),
     "kills": (
-        "crash/test_kill.py crash/test_storm.py cli/test_killed.py",
-        {"LAB_STATE_COMMAND_KILLS": "1", "LAB_STATE_KILL_CYCLES": "10000", "LAB_STATE_STORM_CYCLES": "300"},
+        "crash/test_kill.py crash/test_storm.py",
+        {"LAB_STATE_KILL_CYCLES": "10000", "LAB_STATE_STORM_CYCLES": "300"},
     ),
     "faults": (
         "crash/test_faults.py crash/test_kill_points.py crash/test_restore_kill.py crash/test_traced.py crash/test_lifecycle.py",
@@ -225,6 +225,23 @@ def shared(session: nox.Session) -> None:
     session.run(*long, "tests/shared", "tests/properties/test_manager_machine.py", env=environment)
     # pytest leaves out a file of this name if its directory is given as well.
     session.run(*long, "tests/shared/servers_in_full.py", env=environment)
+
+
+COMMAND = ("tests/cli", "tests/cli/processes_in_full.py")
+
+
+@nox.session
+def command(session: nox.Session) -> None:
+    """Test each subcommand of `lab-state` in each bad surrounding, with real processes, kills by strace, and bash, zsh and fish."""
+    session.install(".", *_group("test"))
+    session.run(
+        "pytest",
+        "-s",
+        "--timeout",
+        "3000",
+        *(session.posargs or COMMAND),
+        env={**WHEEL_ONLY, "LAB_STATE_COMMAND": "full"},
+    )
 
 
 @nox.session

@@ -19,6 +19,9 @@ def main() -> None:
     if any(importlib.util.find_spec(name) is None for name in ("click", "rich")):
         sys.stderr.write(MISSING_EXTRA)
         sys.exit(2)
-    from lab_state.cli._app import run  # noqa: PLC0415 -- it imports click, which is an extra
+    try:
+        from lab_state.cli._app import run  # noqa: PLC0415 -- it imports click, which is an extra
 
-    run()
+        run()
+    except KeyboardInterrupt:  # before or after the subcommand itself, which has an own rule for Ctrl-C
+        sys.exit(130)

@@ -6,19 +6,17 @@ import importlib
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from lab_state.cli import _diff, _doctor, _files, _migrate, _moments, _repair, _stats, _values, _verify, _watch, _write
 from lab_state.cli._arguments import PLACE, STATE
 from lab_state.cli._exits import INTERRUPTED, USAGE, Stop
-from lab_state.cli._output import note
-from lab_state.cli._run import asynchronous
+from lab_state.cli._output import drop, note, open_closed_streams, unwritten
+from lab_state.cli._run import PROGRAM, asynchronous
 from lab_state.cli._target import Place, Target
 from lab_state.cli._when import parse_when
-
-PROGRAM = "lab-state"
 
 EXITS = """\b
 Exit codes:
@@ -78,17 +76,27 @@ def subcommand(example: str, *, name: str | None = None) -> Callable[[Callable[.
 
 def run() -> None:
     """Run the command with the arguments of this process, and exit with its code."""
+    open_closed_streams()
     try:
         cli.main(prog_name=PROGRAM, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        try:
+            error.show()
+        except OSError:
+            drop(sys.stderr)
         sys.exit(USAGE)
     except click.Abort:
         sys.exit(INTERRUPTED)
     except Stop as stop:
-        if stop.message:
-            note(f"{PROGRAM}: {stop.message}")
-        sys.exit(stop.code)
+        _end(stop)
+    except OSError as error:  # of the help: a subcommand ends with `Stop`
+        _end(unwritten(error))
+
+
+def _end(stop: Stop) -> NoReturn:
+    if stop.message:
+        note(f"{PROGRAM}: {stop.message}")
+    sys.exit(stop.code)
 
 
 @subcommand("lab-state ls state")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from msgspec import Raw
@@ -81,14 +81,14 @@ def newer(records: Iterable[Record], revision: int) -> list[Record] | None:
     return found if found and found[0].start <= revision else None
 
 
-def text_of(change: Change, shown: Any) -> str:
-    """Return a change as a line for people. `shown` escapes a key or a JSON text."""
+def text_of(change: Change, shown: Callable[[str], str], shown_json: Callable[[bytes], str]) -> str:
+    """Return a change as a line for people. `shown` escapes a key, and `shown_json` a value."""
     words = [time_text(change.wall) or "-", f"r{change.revision}", change.kind]
     if change.kind != "clear":
         words.append(shown(change.key))
     if change.value is not None:
-        text = change.value.decode()
-        words.append(shown(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"))
+        text = shown_json(change.value)
+        words.append(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
     if change.expires is not None:
         words.append(f"(expires {time_text(change.expires)})")
     return "  ".join(words)

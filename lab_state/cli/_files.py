@@ -14,7 +14,7 @@ from lab_state.cli._exits import CONFLICT, Stop, is_missing
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
-from lab_state.cli._text import size_text
+from lab_state.cli._text import as_utf8, size_text
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage._backup_file import BackupFile, own_files
 from lab_state.storage._worker import Threads, Worker
@@ -37,9 +37,9 @@ async def backup(output: Output, state: Target, target: str, *, json: bool) -> N
         thread.shutdown()
     size = os.stat(target).st_size
     if json:
-        output.one(revision=found.revision, keys=len(found.entries), bytes=size, path=target)
+        output.one(revision=found.revision, keys=len(found.entries), bytes=size, path=as_utf8(target))
     else:
-        output.line(f"{target}: {len(found.entries)} keys, {size_text(size)}, revision {found.revision}")
+        output.line(f"{output.text(target)}: {len(found.entries)} keys, {size_text(size)}, revision {found.revision}")
 
 
 async def _slices(state: LoadedState) -> AsyncIterator[bytes]:
@@ -62,7 +62,7 @@ async def copy(output: Output, source: Target, target: Target, *, json: bool) ->
     if json:
         output.one(keys=keys)
     else:
-        output.line(f"{target}: {keys} keys, read back and compared")
+        output.line(f"{output.text(str(target))}: {keys} keys, read back and compared")
 
 
 class _Progress:
@@ -82,10 +82,11 @@ class _Progress:
 
 
 async def _exists(target: Target) -> bool:
+    """Return whether there is a state. On disk, a copy that has failed leaves a lock alone, which is none."""
     try:
-        await storage_at(target.place).read(target.name)
+        found = await storage_at(target.place).read(target.name)
     except UnsupportedError as error:
         if is_missing(error):
             return False
         raise
-    return True
+    return bool(target.place.bucket or found.snapshot is not None or found.records)

@@ -64,7 +64,7 @@ async def history(output: Output, state: Target, key: str | None, *, json: bool,
             if nl or json:
                 output.json(change.members())
             else:
-                output.line(text_of(change, output.text))
+                output.line(text_of(change, output.text, output.json_text))
         return
     found = await list_generations(state.name, storage)
     if json or nl:
@@ -151,9 +151,9 @@ async def restore(
     if json:
         output.one(revision=done.revision, before=done.before)
         return
-    output.line(f"{state.place.state(into)}: revision {done.revision}")
+    output.line(f"{output.text(state.place.state(into))}: revision {done.revision}")
     if done.before is not None:
-        output.line(f"to undo this: lab-state restore {state} --at r{done.before} --into {into}")
+        output.line(f"to undo this: lab-state restore {output.text(str(state))} --at r{done.before} --into {into}")
 
 
 async def _compare(output: Output, state: Target, storage: Storage, moment: int | datetime, *, json: bool) -> None:

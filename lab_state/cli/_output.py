@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
+from lab_state.cli._exits import BROKEN_PIPE, UNAVAILABLE, Stop
 from lab_state.cli._text import columns, shown, shown_json
+from lab_state.storage import _fs as fs
 
 FORMAT = 1
 """The version of the JSON of each subcommand."""
 
 _AT_ONCE = 64 * 1024
+
+_CLOSED = frozenset({errno.EPIPE, errno.EBADF})
 
 _encode = msgspec.json.Encoder().encode
 
@@ -95,11 +101,17 @@ class Output:
         """Write the collected bytes.
 
         Raises:
-            BrokenPipeError: The reader has closed the pipe.
+            Stop: They cannot be written: the reader has closed the pipe, stdout is closed, or there is no room.
         """
         parts, self._parts, self._size = self._parts, [], 0
-        sys.stdout.buffer.write(b"".join(parts))
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(b"".join(parts))
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            raise unwritten(error) from None
+        except KeyboardInterrupt:
+            drop(sys.stdout)
+            raise
 
     # Everything else
 
@@ -115,7 +127,35 @@ class Output:
 
 
 def note(text: str) -> None:
-    """Write a line to stderr. Characters that could control a terminal are escaped."""
+    """Write a line to stderr. Characters that could control a terminal are escaped. If stderr cannot be written, drop the line."""
     safe = "".join(char if char == "\n" or char.isprintable() else shown(char) for char in text)
-    sys.stderr.write(safe.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding) + "\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(safe.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding) + "\n")
+        sys.stderr.flush()
+    except OSError:
+        drop(sys.stderr)
+
+
+def drop(stream: TextIO) -> None:
+    """Drop what a stream still holds. Otherwise it would be written at the end of the interpreter, which may fail again, or wait."""
+    null = fs.open_null(os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def unwritten(error: OSError) -> Stop:
+    """Drop the rest of the output, and return the end of a run that cannot write to stdout. A closed pipe needs no message."""
+    drop(sys.stdout)
+    if error.errno in _CLOSED:
+        return Stop(BROKEN_PIPE)
+    return Stop(UNAVAILABLE, f"stdout cannot be written: {error.strerror}")
+
+
+def open_closed_streams() -> None:
+    """Open the standard streams that are closed. Otherwise a file of the state would get the number of one.
+
+    There is no input then, writing to stdout fails, and what is written to stderr is dropped.
+    """
+    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(fs.open_null(flags), mode))

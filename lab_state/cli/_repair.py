@@ -47,7 +47,7 @@ async def repair(output: Output, state: Target, *, dry_run: bool, depose: bool, 
     output.line(f"{done} {len(saved.state.entries)} keys, with the changes up to {saved.state.revision}")
     if kept is not None:
         what = "objects" if state.place.bucket else "files"
-        output.line(f"the damaged {what} are in {kept}; delete them when they are no longer needed")
+        output.line(f"the damaged {what} are in {output.text(kept)}; delete them when they are no longer needed")
 
 
 async def _salvaged(state: Target, storage: Storage, restoring: Restoring | None = None) -> Salvaged:

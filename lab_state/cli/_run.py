@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import signal
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec
 
-from lab_state.cli._exits import BROKEN_PIPE, INTERRUPTED, UNAVAILABLE, Stop, code_of
-from lab_state.cli._output import Output
+from lab_state.cli._exits import INTERRUPTED, UNAVAILABLE, Stop, code_of
+from lab_state.cli._output import Output, note
 from lab_state.exceptions import LabStateError
 
 P = ParamSpec("P")
+
+PROGRAM = "lab-state"
+
+_LOGGER = logging.getLogger("lab_state")
 
 
 def asynchronous(
@@ -31,21 +36,50 @@ def asynchronous(
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         output = Output()
         if not writes:
-            signal.signal(signal.SIGINT, _interrupt)
+            _interrupt_at_once()
+        log = _Log()
+        _LOGGER.addHandler(log)
         try:
             asyncio.run(_finished(output, function(output, *args, **kwargs)))
-        except BrokenPipeError:
-            # Otherwise the interpreter would try to write the rest at its end, and print a warning.
-            sys.stdout = None
-            raise Stop(BROKEN_PIPE) from None
+            log.tell_errors()
         except KeyboardInterrupt:
             raise Stop(INTERRUPTED) from None
         except (LabStateError, ValueError, ImportError) as error:
             raise Stop(code_of(error), str(error)) from error
         except OSError as error:
             raise Stop(UNAVAILABLE, str(error)) from error
+        finally:
+            _LOGGER.removeHandler(log)
 
     return run
+
+
+class _Log(logging.Handler):
+    """The log of the library as lines on stderr. If a subcommand fails, its message is there, and the errors that led to it are left out."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._errors: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a warning, and keep an error."""
+        if record.levelno < logging.ERROR:
+            note(f"{PROGRAM}: {record.getMessage()}")
+        else:
+            self._errors.append(record.getMessage())
+
+    def tell_errors(self) -> None:
+        """Write the errors of a subcommand that has succeeded all the same."""
+        for text in self._errors:
+            note(f"{PROGRAM}: {text}")
+
+
+def _interrupt_at_once() -> Any:
+    """Let Ctrl-C raise `KeyboardInterrupt` at once, and return the handler before. A process that ignores Ctrl-C goes on to do so."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt)
+    return before
 
 
 def _interrupt(_number: int, _frame: object) -> None:
@@ -55,7 +89,7 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 def read_input() -> bytes:
     """Return all of stdin. Ctrl-C ends the wait at once."""
-    before = signal.signal(signal.SIGINT, _interrupt)
+    before = _interrupt_at_once()
     try:
         return sys.stdin.buffer.read()
     finally:

@@ -22,6 +22,11 @@ def shown(text: str, encoding: str = "utf-8") -> str:
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def as_utf8(path: str) -> str:
+    r"""Return a path as JSON can have it: a byte of it that is not UTF-8 is escaped, as `\udcff`."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
 def shown_json(text: str, encoding: str = "utf-8") -> str:
     r"""Return JSON as a terminal may show it: the same JSON, with `\u…` in place of each character that cannot be printed.
 

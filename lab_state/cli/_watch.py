@@ -41,7 +41,7 @@ class _Printer:
             if self._nl:
                 self._output.json(change.members())
             else:
-                self._output.line(text_of(change, self._output.text))
+                self._output.line(text_of(change, self._output.text, self._output.json_text))
         self._output.flush()
 
     def note(self, text: str) -> None:

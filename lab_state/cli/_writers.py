@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -12,7 +13,9 @@ from typing import Any, Protocol
 from msgspec import Raw
 
 from lab_state._codec import decode_record
+from lab_state._durability import copied
 from lab_state._entries import Expiring
+from lab_state._flusher import Flusher
 from lab_state._migrations import ANY
 from lab_state._values import encode_value
 from lab_state.cli._client import PATIENCE, Client
@@ -20,7 +23,7 @@ from lab_state.cli._input import Item, has_changed, json_of
 from lab_state.cli._storages import check_deposes, storage_at
 from lab_state.cli._target import Target
 from lab_state.config import Config
-from lab_state.exceptions import ConflictError, InvalidValueError, KeyNotFoundError, LockedError
+from lab_state.exceptions import ConflictError, InvalidValueError, KeyNotFoundError, LockedError, StorageError
 from lab_state.manager import Manager
 from lab_state.shared._answers import result_of
 from lab_state.shared._messages import Changes, Delete, DeleteMany, MakeChanges, Set
@@ -86,12 +89,31 @@ async def writer(target: Target, *, create: bool = False, depose: bool = False) 
             return
         try:
             yield Stopped(manager, target)
-            await manager.flush()
+            await _flush(manager)
         finally:
             await manager.stop()
     finally:
         if client is not None:
             await client.aclose()
+
+
+async def _flush(manager: Manager) -> None:
+    """Flush. If this fails, close the state at once: a stop would try for seconds, and the user can run the command again.
+
+    Raises:
+        StorageError: The flush failed.
+    """
+    try:
+        await manager.flush()
+    except StorageError as error:
+        flusher = manager._running  # noqa: SLF001 -- only a stop is public
+        assert isinstance(flusher, Flusher)
+        # The error that is raised has a note on the next flush.
+        reason = flusher.last_error or error
+        await flusher.abort().aclose()
+        with contextlib.suppress(StorageError):
+            await manager.stop()
+        raise copied(reason, "the change was made, or not: look at the state before you try again") from error
 
 
 async def _is_shared(client: Client | None, manager: Manager) -> bool:

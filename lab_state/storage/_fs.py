@@ -308,6 +308,11 @@ def hold(path: str) -> int:
         return -1
 
 
+def open_null(flags: int) -> int:
+    """Open the null device."""
+    return os.open(os.devnull, flags)
+
+
 def temporary(path: str) -> str:
     """Return a temporary name for a file that will replace `path`. No other attempt and no other writer uses it."""
     return f"{path}.{os.urandom(4).hex()}.tmp"

@@ -206,13 +206,13 @@ def test_changes_of_a_record() -> None:
         Change("set", "a/1", b"1", 9, 2, 7),
         Change("delete", "a/2", None, None, 2, 7),
     ]
-    assert [text_of(change, shown) for change in of_record(one, "a/")] == [
+    assert [text_of(change, shown, bytes.decode) for change in of_record(one, "a/")] == [
         "1970-01-01T00:00:00.007Z  r2  clear",
         "1970-01-01T00:00:00.007Z  r2  set  a/1  1  (expires 1970-01-01T00:00:00.009Z)",
         "1970-01-01T00:00:00.007Z  r2  delete  a/2",
     ]
     long = Change("set", "k", b'"' + b"x" * 100 + b'"', None, 3, 0)
-    assert text_of(long, shown) == f'-  r3  set  k  "{"x" * 79}…'
+    assert text_of(long, shown, bytes.decode) == f'-  r3  set  k  "{"x" * 79}…'
 
 
 def test_changes_between_two_moments() -> None:

@@ -39,10 +39,11 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Kill(msgspec.Struct, frozen=True, kw_only=True):
-    """SIGKILL of this process before the n-th call, whatever its name, or when half of it is written."""
+    """SIGKILL of this process before the n-th call, whatever its name, or when half of it is written. It may be another signal."""
 
     number: int
     half: bool = False
+    signal: int = signal.SIGKILL
 
 
 class Injector:
@@ -61,6 +62,7 @@ class Injector:
         self._numbers = [0] * len(faults)
         self._killed_at = 0 if kill is None else kill.number
         self._half = kill is not None and kill.half
+        self._signal = signal.SIGKILL if kill is None else kill.signal
         self._lock = threading.Lock()
 
     def install(self) -> None:
@@ -101,7 +103,7 @@ class Injector:
                 return real(file, *args, **kwargs)
             error, killing = self._next(call, path)
             if killing:
-                _die()
+                self._die()
             if error is not None:
                 raise error
             return real(file, *args, **kwargs)
@@ -117,12 +119,15 @@ class Injector:
             if (killing and self._half) or (error is not None and error.errno in _HALF_WRITTEN):
                 real(fd, data[: len(data) // 2], *args)
             if killing:
-                _die()
+                self._die()
             if error is not None:
                 raise error
             return real(fd, data, *args)
 
         return write
+
+    def _die(self) -> None:
+        os.kill(os.getpid(), self._signal)
 
     def _next(self, call: str, path: str) -> tuple[OSError | None, bool]:
         with self._lock:
@@ -144,7 +149,3 @@ def _path(file: Any) -> str:
 
 def errno_of(name: str) -> int:
     return int(getattr(errno, name))
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)

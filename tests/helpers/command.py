@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -19,10 +21,10 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 TIMEOUT = 60.0
-KILL_AT = "LAB_STATE_TEST_KILL_AT"
+_UNDER = "LAB_STATE_TEST_UNDER"
 _STATUS = struct.Struct("=ii")
 
 
@@ -32,8 +34,8 @@ class Done:
     def __init__(self, code: int, out: bytes, err: bytes) -> None:
         self.code = code
         self.bytes = out
-        self.out = out.decode()
-        self.err = err.decode()
+        self.out = out.decode(errors="surrogateescape")
+        self.err = err.decode(errors="surrogateescape")
 
     def __repr__(self) -> str:
         return f"<exit code {self.code}>\n{self.out}{self.err}"
@@ -47,6 +49,42 @@ class Done:
     def lines(self) -> list[Any]:
         """The output as JSON values, one a line."""
         return [json.loads(line) for line in self.out.splitlines()]
+
+
+class Under(TypedDict, total=False):
+    """The conditions that a run is under. It is put under them before it looks at its arguments.
+
+    Members:
+        at: The number of a call that touches a file in the directory: it opens, writes, syncs, renames, links or deletes
+            the file. The run gets `signal` before this call, or with `half` in the middle of this write.
+        signal: The number of a signal: SIGKILL, if it is missing.
+        half: See `at`.
+        faults: Calls that fail, as `injector.Fault` has them.
+        most_bytes: The largest size of a file that the run may write.
+        user: The id of the user that the run becomes. Only root can.
+        read_only: A directory that the run sees as a read-only mount.
+        closed: The standard streams that are closed: 0, 1 or 2.
+        stdout: The path of a device in the place of stdout; empty for a pipe of which the reader has ended.
+        stderr: The same for stderr.
+        ignores: The number of a signal that the run ignores from its beginning.
+    """
+
+    at: int
+    signal: int
+    half: bool
+    faults: list[dict[str, str | int]]
+    most_bytes: int
+    user: int
+    read_only: str
+    closed: list[int]
+    stdout: str
+    stderr: str
+    ignores: int
+
+
+def under(**conditions: Unpack[Under]) -> dict[str, str]:
+    """Return the environment of a run that is under these conditions."""
+    return {_UNDER: json.dumps(conditions)}
 
 
 class Run:
@@ -130,7 +168,11 @@ def _server() -> socket.socket:
 
 def serve(requests: socket.socket) -> None:
     """Fork a process for each request, until the socket is closed."""
+    import encodings.utf_8_sig  # noqa: PLC0415
+    import encodings.utf_16_be  # noqa: F401, PLC0415
+
     import aiobotocore.session  # noqa: F401, PLC0415 -- the server imports what a run may need
+    import click._termui_impl  # noqa: F401, PLC0415
 
     import lab_state.cli._app  # noqa: PLC0415
     import lab_state.storage.s3  # noqa: F401, PLC0415
@@ -178,8 +220,7 @@ def _run(request: dict[str, Any], fds: list[int]) -> None:
     sys.stdout = os.fdopen(1, "w", encoding=encoding)
     sys.stderr = os.fdopen(2, "w", encoding=encoding)
     sys.argv = ["lab-state", *request["argv"]]
-    if KILL_AT in os.environ:
-        _kill_at(int(os.environ[KILL_AT]), Path(request["cwd"]))
+    _put(Path(request["cwd"]), **json.loads(os.environ.pop(_UNDER, "{}")))
     code = 1
     try:
         main()
@@ -191,17 +232,63 @@ def _run(request: dict[str, Any], fds: list[int]) -> None:
     finally:
         for file in (sys.stdout, sys.stderr):
             if file is not None:
-                file.flush()
+                try:
+                    file.flush()
+                except OSError:
+                    code = 120  # as the interpreter does at its end
         _save_coverage()
         os._exit(code)
 
 
-def _kill_at(number: int, directory: Path) -> None:
-    """End this process with SIGKILL before its n-th call that opens, writes, syncs, renames or deletes a file in the directory."""
-    sys.path.append(str(Path(__file__).parents[1] / "crash"))
-    from injector import Injector, Kill  # noqa: PLC0415
+def _put(directory: Path, **conditions: Unpack[Under]) -> None:
+    """Put this process under conditions."""
+    if "at" in conditions or "faults" in conditions:
+        sys.path.append(str(Path(__file__).parents[1] / "crash"))
+        from injector import Fault, Injector, Kill  # noqa: PLC0415
 
-    Injector(directory, [], Kill(number=number)).install()
+        number, half = conditions.get("at", 0), conditions.get("half", False)
+        kill = Kill(number=number, half=half, signal=conditions.get("signal", signal.SIGKILL))
+        Injector(directory, [Fault(**fault) for fault in conditions.get("faults", [])], kill).install()  # type: ignore[arg-type]
+    if "most_bytes" in conditions:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (conditions["most_bytes"], _largest()))
+    if "read_only" in conditions:
+        _mount_read_only(conditions["read_only"].encode())
+    if "user" in conditions:
+        os.setgroups([])
+        os.setgid(conditions["user"])
+        os.setuid(conditions["user"])
+    for number, path in ((1, conditions.get("stdout")), (2, conditions.get("stderr"))):
+        if path is not None:
+            os.dup2(os.open(path, os.O_WRONLY) if path else _closed_pipe(), number)
+    if "ignores" in conditions:
+        signal.signal(conditions["ignores"], signal.SIG_IGN)
+    for number in conditions.get("closed", []):
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+
+
+def _closed_pipe() -> int:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+def _largest() -> int:
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+
+def _mount_read_only(directory: bytes) -> None:
+    """Mount a directory over itself, read-only, for this process alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def check(result: int) -> None:
+        if result:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    check(libc.unshare(0x20000 if os.geteuid() == 0 else 0x10020000))  # CLONE_NEWNS, and CLONE_NEWUSER to be allowed to
+    check(libc.mount(b"none", b"/", None, 0x44000, None))  # MS_REC | MS_PRIVATE
+    check(libc.mount(directory, directory, None, 0x1000, None))  # MS_BIND
+    check(libc.mount(b"none", directory, None, 0x1021, None))  # MS_BIND | MS_REMOUNT | MS_RDONLY
 
 
 def _save_coverage() -> None:
@@ -210,8 +297,10 @@ def _save_coverage() -> None:
 
         measured = coverage.Coverage.current()
         if measured is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (_largest(), _largest()))
             measured.stop()
-            measured.save()
+            with contextlib.suppress(Exception):  # another user may not write there
+                measured.save()
 
 
 if __name__ == "__main__":
