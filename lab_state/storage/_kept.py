@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import zlib
@@ -10,7 +11,7 @@ from lab_state import _journal as journal
 from lab_state._clock import wall_now
 from lab_state._journal import SNAPSHOT_END_BYTES
 from lab_state._log import Log
-from lab_state.exceptions import StorageError
+from lab_state.exceptions import StorageError, UnsupportedError
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._os_errors import translated
@@ -102,12 +103,18 @@ def _checksum(fd: int, size: int) -> int:
 
 
 def _keep(path: str) -> str:
-    """Give a file a second name, and return that name. Copy the file if a link is not possible."""
+    """Give a file a second name, and return that name. Copy the file if a link is not possible.
+
+    The file and its second name are synced: a crash after the rename that replaces the file must not lose them.
+    """
     number = wall_now()
     while os.path.lexists(kept := f"{path}.replaced-{number}"):
         number += 1
+    with contextlib.suppress(UnsupportedError):  # a file that cannot be opened, or a symbolic link, is kept as well
+        fs.sync(path)
     try:
         os.link(path, kept, follow_symlinks=False)
     except OSError:  # for example, the file system has no hard links, or the file belongs to another user
         fs.close(fs.create(kept, [fs.read(path) or b""], fs.WrittenBytes(), path))
+    fs.sync_directory(os.path.dirname(path))
     return kept

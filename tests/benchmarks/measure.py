@@ -58,7 +58,7 @@ def key_of(number: int) -> str:
     return f"key-{number:07}"
 
 
-async def timed(work: Bench, *, collecting: bool = False) -> float:
+async def timed(work: Callable[[], Awaitable[object]], *, collecting: bool = False) -> float:
     """Return the seconds of one call; with the cyclic garbage collector, if its part of the work belongs to the figure."""
     gc.collect()
     if not collecting:
