@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 from collections.abc import Awaitable, Callable
 from itertools import product
@@ -325,6 +326,36 @@ async def test_a_damaged_state(bucket: Bucket, clock: ManualClock, damage: Calla
     assert [key for key in kept if key.endswith(".json")]
     assert bucket.get(kept[-1]) == damaged
     assert await values(bucket, clock, at=10) == model[10]
+
+
+async def test_a_damaged_state_whose_restore_is_cancelled(bucket: Bucket, proxy: Proxy, clock: ManualClock) -> None:
+    """Whichever request is sent, each damaged object is in its place or in the place for it, with all its bytes."""
+    model = await fill(bucket, clock, WEEK)
+    damage_record(bucket)
+    damaged = {key: bucket.get(key)[0] for key in [SNAPSHOT, *records(bucket)]}
+    task: asyncio.Task[Restored]
+    for number in itertools.count(1, 5 if THOROUGH else 40):
+        end = len(proxy.seen) + number
+
+        def cancel(end: int = end) -> None:
+            if len(proxy.seen) == end:
+                task.cancel()  # noqa: B023 -- it is called while this task runs
+
+        for method in ("GET", "HEAD", "PUT"):
+            proxy.plan(method, "", Before(cancel), times=FOREVER)
+        storage = bucket.storage(proxy.url, session=session_of_all())
+        task = asyncio.create_task(restore_state(NAME, storage, 4, into=NAME, clock=clock))
+        outcome = await asyncio.gather(task, return_exceptions=True)
+        proxy.end_plans()
+        kept = [key for key in bucket.keys(BASE) if ".damaged-" in key]
+        for key, data in damaged.items():
+            copies = [one for one in kept if one.endswith(key.rpartition("/")[2])]
+            assert any(bucket.get(one)[0] == data for one in [key, *copies])
+        if isinstance(outcome[0], Restored):
+            break
+        assert isinstance(outcome[0], asyncio.CancelledError)
+    assert number > 40
+    assert await values(bucket, clock) == model[4]
 
 
 async def test_a_stray_object(bucket: Bucket, clock: ManualClock) -> None:

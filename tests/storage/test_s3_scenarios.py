@@ -127,3 +127,22 @@ async def test_bugs_are_caught(bug: str) -> None:
         seeds = [*SOONER, *(seed for seed in range(200) if seed not in SOONER)]
         outcome = await s3_scenarios.play(seeds, Bucket().name, endpoint(), stop=True)
     assert outcome.problems
+
+
+BUGS_OF_A_HISTORY: dict[str, list[Change]] = {
+    "the snapshot is replaced before it is copied": [
+        (S3Session, "_publish", "            if self._keeper", "            covered = await self._replace(body, stamp)\n            if self._keeper"),
+        (S3Session, "_publish", "self.snapshot_bytes)\n            covered = await self._replace(body, stamp)\n", "self.snapshot_bytes)\n"),
+    ],
+    "the records of a history are deleted at a checkpoint": [(S3Session, "_clean", "if self._keeper is not None:", "if False:")],
+    "a copy has the number of the next snapshot": [(S3Session, "_publish", "keep(self._etag, self._covered,", "keep(self._etag, stamp.seq,")],
+}  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("bug", BUGS_OF_A_HISTORY if SCENARIOS > ORDINARY else [*BUGS_OF_A_HISTORY][:1])
+async def test_bugs_of_a_history_are_caught(bug: str) -> None:
+    """With a bug in the history, some scenario of the first 20 fails."""
+    with put_in(BUGS_OF_A_HISTORY[bug]):
+        outcome = await s3_scenarios.play(range(20), Bucket().name, endpoint(), at_once=1, stop=True, history="bytes")
+    assert outcome.problems
