@@ -1,4 +1,4 @@
-"""A text in an editor. If it cannot be stored after that, it is kept in a file."""
+"""Edit a text in the user's editor. If the edited text cannot be stored, it is kept in a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @contextmanager
 def edited(text: bytes) -> Generator[bytes]:
-    """Open a text in the user's editor, and yield the text after that.
+    """Open a text in the user's editor, and yield the edited text.
 
     If the editor fails, or the block raises an error, a changed text is kept in a file that only this user can read. A line on stderr
     names the file. Otherwise all files of the editor are deleted.
@@ -56,7 +56,7 @@ def _has_changed(path: str, text: bytes) -> bool:
     """Return whether a file has a text that is worth keeping."""
     try:
         found = _read(path)
-    except StorageError:  # it could not be written, or the editor has deleted it
+    except StorageError:  # the file could not be written, or the editor has deleted it
         return False
     return bool(found.strip()) and not is_same(text, found)
 

@@ -60,7 +60,7 @@ async def _salvaged(state: Target, storage: Storage, restoring: Restoring | None
         if isinstance(restoring, S3Restoring):
             return salvage_objects(await restoring.pieces())
         assert isinstance(storage, S3Storage)
-        return salvage_objects(await storage._run(state.name, read_pieces))  # noqa: SLF001 -- as `doctor` does
+        return salvage_objects(await storage._run(state.name, read_pieces))  # noqa: SLF001 -- a storage has no public call for this
     paths = Paths.of(state.place.directory, state.name)
     snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
     return salvage(snapshot, data, state.name)

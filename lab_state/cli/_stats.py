@@ -95,8 +95,8 @@ async def stats(output: Output, state: Target, at: str | None, *, top: int, json
     if found.keys:
         output.line(f"sizes: {percentiles}")
     if found.expiring:
-        within = ", ".join(f"{number} within a {name}" for name, number in found.within.items())
-        output.line(f"{found.expiring} keys expire: {within}; the next at {time_text(found.next)}")
+        within = ", ".join(f"{number} within one {name}" for name, number in found.within.items())
+        output.line(f"expiring keys: {found.expiring}; {within}; the next at {time_text(found.next)}")
     shown = list(found.prefixes.items())[: max(top, 1)]
     if shown:
         output.line("")

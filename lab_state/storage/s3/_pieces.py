@@ -1,6 +1,6 @@
 """The objects of a state in S3 that may be damaged, for a repair. Nothing is written, and no damage is an error.
 
-1. GET the snapshot, LIST the numbers after the one that it covers, and GET their objects.
+1. GET the snapshot, LIST the numbers after that of the last record that it covers, and GET their objects.
 2. HEAD the snapshot. If it was replaced meanwhile, go back to step 1: a checkpoint may have deleted the records.
 """
 
@@ -106,7 +106,7 @@ def _pieces(
         for _, object_ in sorted(found.items())
         if object_ is not None and object_.record is not None
     ]
-    # Without the number in the snapshot, it is not known which records a checkpoint has deleted. So begin with the first that is there.
+    # Without the number in the snapshot, it is not known which records a checkpoint has deleted. So begin with the first record in the list.
     start = covered or next((number - 1 for number in listed if found.get(number) != _FENCE), max(listed, default=0))
     base = None if snapshot is None or covered is not None else base_of(len(snapshot), zlib.crc32(snapshot))
     is_followed = any(base not in {None, NO_BASE} for _, base in records)
