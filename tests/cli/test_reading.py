@@ -104,7 +104,9 @@ async def test_stats_for_people(tmp_path: Path) -> None:
         await state.set("b/x", 1, ttl=50)
     found = (await world.run("stats", "--top", "2", world.state)).out.splitlines()
     assert found[1:3] == ["4 keys, 2.0 KiB", "sizes: 50 %: 4 B, 90 %: 2.0 KiB, 99 %: 2.0 KiB, 100 %: 2.0 KiB"]
-    assert found[3].startswith("expiring keys: 1; 1 within one minute, 1 within one hour, 1 within one day; the next at 20")
+    assert found[3].startswith(
+        "expiring keys: 1; 1 within one minute, 1 within one hour, 1 within one day; the next at 20"
+    )
     assert found[5:9] == [
         "PREFIX  KEYS    BYTES",
         "a/         1  2.0 KiB",
