@@ -123,17 +123,16 @@ def encode_plain(value: object) -> Value:
     """Return the stored form of a value, as `encode_value` does, in less time for most dicts and lists."""
     if value.__class__ is not dict and value.__class__ is not list:
         return encode_value(value)
-    packed = b""
     try:
         data = encode(value)
-        if is_small := len(data) < SHALLOW:
-            check_json(data)  # a `msgspec.Raw` inside may hold bytes that are not JSON
-            if not data.isascii():
-                data.decode()
-            packed = check_str_keys(value)
+        check_json(data)  # a `msgspec.Raw` inside may hold bytes that are not JSON
+        if not data.isascii():
+            data.decode()
+        packed = check_str_keys(value)
     except Exception:  # noqa: BLE001 -- `encode_value` makes all checks, and raises an error with the reason
         return encode_value(value)
-    if not is_small:
+    size = len(data)
+    if size >= SHALLOW and (size > _MOST_DIGITS or too_deep(data)):
         check_encoded(value, data)
     elif (
         (COLON in packed and find_colon(packed))
@@ -141,7 +140,7 @@ def encode_plain(value: object) -> Value:
         or (DEL in packed and find_del(packed))
     ):
         check_packed(value, data, packed)
-    return Json(data)
+    return data  # type: ignore[return-value]  # a call of `Json` would take as long as a lookup of a key
 
 
 def _check_class(kind: type) -> None:

@@ -121,6 +121,15 @@ async def test_values_of_all_kinds_are_decoded(state: Manager, clock: ManualCloc
     assert await listed(only.items()) == [("x", 1), ("y", 2)]
 
 
+async def test_values_that_are_decoded_in_parts(state: Manager) -> None:
+    """A page with more bytes than one call decodes comes in order, up to the limit. Scalars may be among its values."""
+    values: dict[str, Any] = {f"key/{number:03}": ["x" * 1000, number] for number in range(150)}
+    values["key/050"] = 5
+    await state.set_many(values)
+    assert await listed(state.items()) == list(values.items())
+    assert await listed(state.items(limit=90)) == list(values.items())[:90]
+
+
 async def test_values_that_were_loaded(clock: ManualClock, in_role: InRole) -> None:
     """Values that a start loaded are decoded, too."""
     storage = MemoryStorage()
@@ -148,13 +157,13 @@ async def test_a_value_of_another_type_is_an_error_of_its_step(state: Manager) -
 @pytest.mark.parametrize("bad", [b"[", b"1,2", b""])
 async def test_a_value_that_is_not_json_is_an_error_of_its_step(state: Manager, bad: bytes) -> None:
     """A value that cannot be decoded without a type either is an error, and the others come."""
-    await state.set_many({"a": [1], "b": [2], "c": [3]})
+    await state.set_many({"a": [1], "b": [2], "c": [3], "d": [4], "e": [5]})
     state._core.state.entries["b"] = msgspec.Raw(bad)
     items = state.items()
     assert await anext(items) == ("a", [1])
     with pytest.raises(TypeMismatchError, match="key 'b'"):
         await anext(items)
-    assert await anext(items) == ("c", [3])
+    assert await listed(items) == [("c", [3]), ("d", [4]), ("e", [5])]
 
 
 async def test_bad_arguments_are_refused_at_the_call(state: Manager) -> None:

@@ -26,6 +26,9 @@ _SECONDS_IN_STEP = 0.001
 _BYTES_IN_STEP = 32_768
 """Values with at most this many bytes in total are decoded in one call. This takes about a quarter of a millisecond."""
 
+_FEW = 4
+"""Fewer values than this are decoded one by one."""
+
 _JSON = frozenset({bytes, Raw})
 """The classes of stored values that are JSON, and have to be decoded."""
 
@@ -158,6 +161,8 @@ class Pages:
 
         Raise the error of a value only if no value was decoded before it. Otherwise the next call raises it.
         """
+        if decoding.type is Any and (together := self._together()) is not None:
+            return together
         rest, until = self._rest, perf_counter() + _SECONDS_IN_STEP
         rows: list[tuple[str, Any]] = []
         while rest and perf_counter() < until:
@@ -177,6 +182,22 @@ class Pages:
                 rows.append((key, value))
         self._left -= len(rows)
         return rows
+
+    def _together(self) -> list[tuple[str, Any]] | None:
+        """Decode the first values of `_rest` in one call, and return them with their keys. Return `None` if this is not possible."""
+        rest, size, count = self._rest, 0, 0
+        for _, stored in reversed(rest):
+            if stored.__class__ not in _JSON or (size := size + len(cast("bytes", stored))) > _BYTES_IN_STEP:
+                break
+            count += 1
+        if count < _FEW:
+            return None
+        keys, values = zip(*rest[: -count - 1 : -1], strict=True)
+        if (decoded := _all_at_once(values, Any)) is None:  # one of them is not JSON
+            return None
+        del rest[-count:]
+        self._left -= count
+        return list(zip(keys, decoded, strict=True))
 
 
 def _all_at_once(values: Sequence[Stored], type_: Any) -> list[Any] | None:

@@ -58,6 +58,9 @@ def misfits(state: State, types: Types) -> Iterator[Misfit | None]:
     now = state.now()
     entries = iter(state.entries.items())
     while some := list(islice(entries, AT_ONCE)):
+        if types.fit(some):
+            yield None
+            continue
         alive: list[tuple[str, Value]] = []
         for key, stored in some:
             if not isinstance(stored, Expiring):

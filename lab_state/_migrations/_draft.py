@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar, cast, final
 from weakref import ref
 
@@ -12,7 +12,7 @@ from lab_state._core import CallCore
 from lab_state._draft import Draft
 from lab_state._entries import DELETED, Absent, Expiring, Stored, StoredOrGone
 from lab_state._metrics import Counters
-from lab_state._order import in_range
+from lab_state._order import Chunk, in_range
 from lab_state._periods import Seconds
 from lab_state._plain import Plain
 from lab_state._state import State
@@ -24,9 +24,17 @@ R = TypeVar("R")
 
 
 class StateDraft(Draft):
-    """A draft over a loaded state, whose `entries` are a dict. Reads of many keys take less time than in other drafts."""
+    """A draft over a loaded state, whose `entries` are a dict. Reads of many keys take less time than in other drafts.
 
-    __slots__ = ()
+    Attributes:
+        added: The new keys, as long as values were only set.
+    """
+
+    __slots__ = ("added",)
+
+    def __init__(self, base: State) -> None:
+        super().__init__(base)
+        self.added: list[str] = []
 
     @property
     def beneath(self) -> dict[str, Stored]:
@@ -35,15 +43,27 @@ class StateDraft(Draft):
 
     def view(self) -> UndoView[Stored]:
         """Open a view of the draft; see `Draft.view`. Deleted keys are in its map, but in no page."""
-        view = UndoView[Stored](None, cast("dict[str, Stored]", {**self.beneath, **self.changes}))
+        view = _DraftView(self.beneath, cast("dict[str, Stored]", dict(self.changes)))
         self.views.append(ref(view))
         return view
+
+    def merge(self) -> int | None:
+        """Apply all changes to the base, as `Draft.merge` does. The base keeps the dict of the changes, so it makes no copy."""
+        if self._only_values and not self.base.changes:
+            self.base.changes = self.changes
+        return super().merge()
+
+    def pieces(self, low: str, high: str | None) -> list[Chunk]:
+        """Return the keys in a range; see `State.pieces`."""
+        if self._only_values and not in_range(self.added, low, high):
+            return self.base.pieces(low, high)
+        return super().pieces(low, high)
 
     def page(self, low: str, high: str | None, limit: int | None = None, *, reverse: bool = False) -> list[str]:
         """Return the first keys in a range; see `State.page`."""
         changes, beneath = self.changes, self.beneath
-        mine = in_range(changes, low, high)
-        gone = {key for key in mine if isinstance(changes[key], Absent)}
+        mine = in_range(self.added if self._only_values else changes, low, high)
+        gone = set[str]() if self._only_values else {key for key in mine if isinstance(changes[key], Absent)}
         found = [] if self.cleared else self.base.page(low, high, reverse=reverse)
         if gone:
             found = [key for key in found if key not in gone]
@@ -51,6 +71,38 @@ class StateDraft(Draft):
             found += new
             found.sort(reverse=reverse)
         return found[:limit]
+
+
+class _DraftView(UndoView[Stored]):
+    """A view of a draft, whose pages are read once."""
+
+    __slots__ = ("_beneath", "_changes")
+
+    def __init__(self, beneath: dict[str, Stored], changes: dict[str, Stored]) -> None:
+        """Begin a view. It takes the changes, and reads the entries beneath, which do not change."""
+        super().__init__(None, changes or beneath)
+        self._beneath = beneath
+        self._changes = changes
+
+    def values(self, keys: Sequence[str]) -> Sequence[Stored]:
+        """Return the values of keys, and drop those of the changes: the migration is about to replace them.
+
+        Mostly, all keys of a page have changed, or none.
+        """
+        changes, beneath = self._changes, self._beneath
+        try:
+            found = super().values(keys)
+        except KeyError:
+            return [changes[key] if key in changes else beneath[key] for key in keys]
+        if changes:
+            for key in keys:
+                del changes[key]
+        return found
+
+    def close(self) -> None:
+        """Drop all values; see `UndoView.close`."""
+        super().close()
+        self._beneath, self._changes = {}, {}
 
 
 class MigrationCore(CallCore):
@@ -145,9 +197,10 @@ class MigrationDraft(Plain):
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
         full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
         changes, state = core.changes, core.state
-        if full not in core.beneath and full not in changes:
+        if full not in changes and full not in core.beneath:
             core.check_open()
             check_key(full)
+            state.added.append(full)
         if core.is_timed or not state._only_values:  # noqa: SLF001 -- a property would take longer
             at = self._calls._expiry(key) if state.has(full) else None  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
             if at is not None:

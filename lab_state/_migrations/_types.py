@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from msgspec import Raw
 
 from lab_state._arguments import check_prefix
 from lab_state._checking import Misfit, misfit_of
-from lab_state._entries import Json, Value
+from lab_state._entries import Expiring, Json, Stored, Value
 from lab_state._models import path_of
 from lab_state._parts import shortened
 from lab_state._types import check_type, decode_json, decode_value
@@ -61,6 +61,25 @@ class Types:
                 return Misfit(key, path, "a member that the type does not know")
         return None
 
+    def fit(self, entries: Sequence[tuple[str, Stored]]) -> bool:
+        """Return True if some values are known to be of the types of their keys. This takes less time than `misfits`.
+
+        It may return False if all are: it knows only values without an expiry time, under one prefix.
+        """
+        keys, values = zip(*entries, strict=True)
+        type_ = self._type_of_all(min(keys), max(keys))
+        if type_ is None or self._strict or Expiring in set(map(type, values)):
+            return False
+        return _all_fit(cast("Sequence[Value]", values), type_[0])
+
+    def _type_of_all(self, low: str, high: str) -> tuple[Any] | None:
+        """Return the type of all keys from `low` to `high`, in a tuple; `None` if they may have different types."""
+        for number, (prefix, type_) in enumerate(self._by_length):
+            if low.startswith(prefix) and high.startswith(prefix):
+                is_only = not any(longer.startswith(prefix) for longer, _ in self._by_length[:number])
+                return (type_,) if is_only else None
+        return None
+
     def misfits(self, values: Sequence[tuple[str, Value]]) -> Iterator[Misfit]:
         """Yield the reason for each of many values that is not of the type of its key."""
         by_type: dict[int, tuple[Any, list[tuple[str, Value]]]] = {}
@@ -83,9 +102,16 @@ class Types:
             raise InvalidValueError(f"the value of {key!r} does not fit the schema: {wrong.expected}", wrong.path)
 
 
-def _all_fit(values: list[Value], type_: Any) -> bool:
+_JSON = frozenset({bytes, Raw})
+"""The classes of stored values that are JSON."""
+
+
+def _all_fit(values: Sequence[Value], type_: Any) -> bool:
     """Return True if all values are known to be of a type. One call for many values takes less time than one for each."""
-    data = [value if isinstance(value, bytes | Raw) else encode(value) for value in values]
+    if set(map(type, values)) <= _JSON:
+        data = cast("Sequence[bytes]", values)
+    else:
+        data = [value if isinstance(value, bytes | Raw) else encode(value) for value in values]
     try:
         decode_value(Json(b"[%b]" % b",".join(data)), list[type_])
     except (TypeError, TypeMismatchError):  # such as a `TypeAdapter`, of which there is no list

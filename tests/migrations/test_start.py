@@ -248,6 +248,36 @@ async def test_expired_and_other_values_are_not_checked(clock: ManualClock) -> N
         assert await state.keys() == ["other", "users/count", "users/stays"]
 
 
+async def test_types_of_nested_prefixes() -> None:
+    """Where prefixes are nested, or some keys have none, each value is checked against its own type."""
+    types: dict[str, Any] = {"n/": list[int], "n/text/": str, "m/": dict[str, int]}
+    values: dict[str, Any] = {"n/1": [1], "n/text/2": "two", "n/z": [3], "m/1": {"a": 1}, "other": 1}
+    for wrong in ({}, {"n/text/2": [2]}, {"m/1": {"a": "x"}}, {"n/z": "x"}):
+        storage = MemoryStorage()
+        async with Manager("people", storage) as state:
+            await state.set_many({**values, **wrong})
+        schema = Schema(2, types=types)
+        schema.migration(to=2)(lambda draft: draft.set("new", 1))
+        if not wrong:
+            async with Manager("people", storage, schema=schema) as state:
+                assert await state.get_all() == {**values, "new": 1}
+            continue
+        with pytest.raises(MigrationError) as error:
+            await Manager("people", storage, schema=schema).start()
+        assert error.value.key in wrong
+
+
+async def test_a_migration_that_was_changed(storage: Storage) -> None:
+    """A migration that was changed after it ran does not run again: the state has its version already."""
+    await filled(storage)
+    async with Manager("people", storage, schema=people()):
+        pass
+    changed = Schema(2)
+    changed.migration(to=2)(lambda draft: draft.delete_all())
+    async with Manager("people", storage, schema=changed) as state:
+        assert (await state.get_all(), state.revision) == (NEW, 2)
+
+
 async def test_types_of_many_kinds() -> None:
     """A migration checks scalars, values of Pydantic, and values of a `TypeAdapter`, together with other values of the same type."""
     types: dict[str, Any] = {"n/": int | list[int], "adapter/": TypeAdapter(list[int])}
@@ -257,7 +287,7 @@ async def test_types_of_many_kinds() -> None:
         async with Manager("people", storage) as state:
             await state.set_many({**values, **({} if bad is None else {bad: ["x"]})})
         schema = Schema(2, types=types)
-        schema.migration(to=2)(lambda _: None)
+        schema.migration(to=2)(lambda draft: draft.set("n/1", 1))  # other values are JSON, as they were loaded
         state = Manager("people", storage, schema=schema)
         if bad is None:
             async with state:
