@@ -18,6 +18,7 @@ from lab_state.cli._target import Place, parse_place, parse_state, split_moment
 from lab_state.cli._text import age_text, live_text, shown, shown_json, size_text, time_text
 from lab_state.cli._values import branches
 from lab_state.cli._when import parse_when
+from lab_state.storage._protocol import no_state
 
 NOW = datetime(2026, 3, 1, 12, 30, 15, tzinfo=timezone(timedelta(hours=1)))
 
@@ -242,7 +243,7 @@ def test_records_after_a_revision() -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (errors.UnsupportedError("there is no state at x: check"), 1),
+        (no_state("x", ": check"), 1),
         (KeyNotFoundError("a"), 2),
         (InvalidKeyError("a"), 2),
         (InvalidNameError("a"), 2),
