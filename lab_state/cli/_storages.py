@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -88,13 +87,6 @@ def raw_of(stored: Stored) -> bytes:
 def expiry_of(stored: Stored) -> int | None:
     """Return the expiry of an entry, in milliseconds since 1970; `None` if it does not expire."""
     return stored.at if isinstance(stored, Expiring) else None
-
-
-def sorted_items(view: StateView, prefix: str = "") -> Iterator[tuple[str, Stored]]:
-    """Yield the entries with a prefix, in order of their keys."""
-    entries = entries_of(view)
-    for key in sorted(key for key in entries if key.startswith(prefix)) if prefix else sorted(entries):
-        yield key, entries[key]
 
 
 def described(view: StateView) -> dict[str, int | float | bool | None]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import islice
-
 import msgspec
+from msgspec import Raw
 
-from lab_state._entries import Expiring, Stored
+from lab_state._entries import Stored
 from lab_state.cli._exits import no_key
 from lab_state.cli._output import Output
-from lab_state.cli._storages import described, entries_of, expiry_of, json_of, raw_of, read, sorted_items
+from lab_state.cli._storages import described, entries_of, expiry_of, json_of, raw_of, read
 from lab_state.cli._target import Target
 from lab_state.cli._text import live_text
 
 _AT_ONCE = 1000
 
-_encode = msgspec.json.Encoder().encode
+_encode_lines = msgspec.json.Encoder().encode_lines
 
 
 async def get(output: Output, state: Target, key: str, at: str | None, *, json: bool) -> None:
@@ -26,7 +24,7 @@ async def get(output: Output, state: Target, key: str, at: str | None, *, json: 
     if stored is None:
         raise no_key(key, state)
     if json:
-        value = msgspec.Raw(raw_of(stored))
+        value = Raw(raw_of(stored))
         output.one(key=key, value=value, expires=expiry_of(stored), **described(view))
         return
     data = raw_of(stored)
@@ -87,35 +85,51 @@ def _branches_of(key: str) -> list[str]:
     return [key[:end] for end in ends if end < len(key)] + [key]
 
 
+class _Line(msgspec.Struct, gc=False):
+    """A line of `dump --nl`. msgspec writes many of them in one call, and copies each stored value as it is."""
+
+    key: str
+    value: object
+    expires: int | None = None
+
+
 async def dump(output: Output, state: Target, prefix: str, at: str | None, *, nl: bool) -> None:
     """Print the whole state: one object, or a line for each key."""
     view = await read(state, at)
-    items = sorted_items(view, prefix)
-    if nl:
-        while some := list(islice(items, _AT_ONCE)):
-            output.part(_joined(some, line_of, b"\n") + b"\n")
+    entries = entries_of(view)
+    keys = sorted(key for key in entries if key.startswith(prefix)) if prefix else sorted(entries)
+    if not (nl or keys):
+        output.raw(b"{}")
         return
-    opening = b"{"
-    while some := list(islice(items, _AT_ONCE)):
-        output.part(opening + _joined(some, _member_of, b",\n"))
-        opening = b",\n"
-    output.raw(b"{}" if opening == b"{" else b"}")
+    for start in range(0, len(keys), _AT_ONCE):
+        some = keys[start : start + _AT_ONCE]
+        if nl:
+            output.part(_lines_of(some, entries))
+        else:
+            output.part((b",\n" if start else b"{") + _members_of(some, entries))
+    if not nl:
+        output.raw(b"}")
 
 
-def _joined(items: list[tuple[str, Stored]], form: Callable[[str, Stored, bytes], bytes], between: bytes) -> bytes:
-    """Return the items in lines. Only a file of another program has values of several lines. So one check covers all values."""
-    data = between.join([form(key, stored, json_of(stored)) for key, stored in items])
-    if data.count(b"\n") == len(items) - 1 and b"\r" not in data:
+def _lines_of(keys: list[str], entries: dict[str, Stored]) -> bytes:
+    """Return the lines of `dump --nl` for some keys."""
+    data = _encode_lines(
+        [_Line(key, stored) if (stored := entries[key]).__class__ is Raw else _line(key, stored) for key in keys]
+    )
+    # Only a file of another program has values of several lines. So one check covers all values.
+    if data.count(b"\n") == len(keys) and b"\r" not in data:
         return data
-    return between.join([form(key, stored, raw_of(stored)) for key, stored in items])
+    return _encode_lines([_Line(key, Raw(raw_of(entries[key])), expiry_of(entries[key])) for key in keys])
 
 
-def _member_of(key: str, _stored: Stored, value: bytes) -> bytes:
-    return b"%s:%s" % (_encode(key), value)
+def _line(key: str, stored: Stored) -> _Line:
+    return _Line(key, Raw(json_of(stored)), expiry_of(stored))
 
 
-def line_of(key: str, stored: Stored, value: bytes) -> bytes:
-    """Return the line of `dump --nl` for a key and the JSON of its value, without its end."""
-    if isinstance(stored, Expiring):
-        return b'{"key":%s,"value":%s,"expires":%d}' % (_encode(key), value, stored.at)
-    return b'{"key":%s,"value":%s,"expires":null}' % (_encode(key), value)
+def _members_of(keys: list[str], entries: dict[str, Stored]) -> bytes:
+    """Return some members of the object that `dump` prints, one a line."""
+    names = _encode_lines(keys).split(b"\n")
+    data = b",\n".join([b"%b:%b" % (name, json_of(entries[key])) for name, key in zip(names, keys, strict=False)])
+    if data.count(b"\n") == len(keys) - 1 and b"\r" not in data:
+        return data
+    return b",\n".join([b"%b:%b" % (name, raw_of(entries[key])) for name, key in zip(names, keys, strict=False)])

@@ -40,6 +40,7 @@ import ranges
 import scan
 import shared
 import stalls
+import subcommands
 import uvloop
 import versus
 from measure import FULL, QUICK, Numbers, Results
@@ -69,6 +70,7 @@ PARTS = [
     "many",
     "migrations",
     "shared",
+    "command",
 ]
 
 
@@ -115,6 +117,8 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
         run(shared.shared(results, directory, scale))
     elif part == "migrations":
         migrations.migrations(results, directory, count)
+    elif part == "command":
+        subcommands.command(results, directory, count, scale.rounds)
     elif part == "many":
         run(many.many(results, directory, count // 100))
     else:
