@@ -89,6 +89,6 @@ def _newer(stored: Stored, code: int) -> str:
     when = "" if not stored.wall else f" at {datetime.fromtimestamp(stored.wall / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
     return (
         f"{stored.path} was written{when} by version {stored.versions.schema} of the schema, which code from version "
-        f"{stored.versions.readable_by} on can read. This code has version {code}: run the newer code, or restore a copy "
-        "that the older code wrote. The state was left untouched"
+        f"{stored.versions.readable_by} on can read. This code has version {code}: run the newer code, or go back to a "
+        "state that older code wrote - with `restore_state` if the storage has a history, or from a backup. The state was left untouched"
     )

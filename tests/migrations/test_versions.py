@@ -56,7 +56,8 @@ def test_a_newer_state(wall: int, when: str) -> None:
         decide(stored(3, 2, wall=wall), Schema(1), may_migrate=True)
     assert str(error.value) == (
         f"state/people.json was written {when}by version 3 of the schema, which code from version 2 on can read. This code "
-        "has version 1: run the newer code, or restore a copy that the older code wrote. The state was left untouched"
+        "has version 1: run the newer code, or go back to a state that older code wrote - with `restore_state` if the storage has a "
+        "history, or from a backup. The state was left untouched"
     )
 
 
