@@ -28,6 +28,7 @@ from lab_state.storage._generations import (
     StoredGeneration,
     format_name,
     grouped,
+    lives,
     moment_of_record,
     moment_of_snapshot,
     parse_name,
@@ -63,6 +64,7 @@ def list_generations(given_up: threading.Event, directory: str, name: str) -> li
     missing: UnsupportedError | None = None
     for _ in range(_MOST_LISTS):
         in_use, found, missing = _listed(paths, name, given_up)
+        found = _in_order(found, None if in_use is None else in_use.span.first.revision)
         if in_use is None:
             break
         # The generation in use may be linked already. A generation with the same first moment is the same one.
@@ -257,8 +259,14 @@ def _modified(file: OpenFile | None) -> int:
 # The history
 
 
+def _in_order(found: list[FoundGeneration], newest: int | None) -> list[FoundGeneration]:
+    """Return the generations of a history, the oldest first. For `newest`, see `lives`."""
+    life = lives([one.span.first for one in found], newest)
+    return sorted(found, key=lambda one: (life(one.span.first), one.span.first, one.span.last))
+
+
 def _kept(paths: Paths, name: str) -> list[FoundGeneration]:
-    """Return the generations in the directory of the history, the oldest first."""
+    """Return the generations in the directory of the history. A snapshot of another program has no recorded time in its name."""
     try:
         names = lookup.names_in(paths.history)
     except StorageError as error:
@@ -267,8 +275,7 @@ def _kept(paths: Paths, name: str) -> list[FoundGeneration]:
         raise
     files = (file for file in map(parse_name, names) if file is not None)
     found = (_found(paths, name, one) for one in grouped(files).generations)
-    # A snapshot of another program has no recorded time. So its place in the order is known only now.
-    return sorted((one for one in found if one is not None), key=lambda one: (one.span.first, one.span.last))
+    return [one for one in found if one is not None]
 
 
 def _found(paths: Paths, name: str, generation: StoredGeneration) -> FoundGeneration | None:

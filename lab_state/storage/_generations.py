@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -229,6 +230,36 @@ def revision_of_record(record: bytes) -> int | None:
     return None if moment is None else moment.revision
 
 
+# The order of generations
+
+
+def lives(firsts: Collection[Moment], newest: int | None) -> Callable[[Moment], int]:
+    """Return a function that numbers the lives of a state. A life begins when the revisions begin again at 0.
+
+    In one life the revisions show the order of the generations, even if the clock was set back. A state that was removed and made
+    again, or whose reserved member was deleted, begins another life. Only the times show the order of lives.
+
+    A generation with revision 0 begins another life if a higher revision has an earlier time, and one of these holds: that
+    time is not before an earlier revision 0, or that revision is above `newest`. Otherwise the clock was set back.
+
+    Args:
+        firsts: The first moments of the generations that are not in use.
+        newest: The first revision of the generation in use; `None` if it is not known.
+    """
+    begins = sorted(one.wall for one in firsts if not one.revision)
+    later = [one for one in firsts if one.revision]
+    again = [
+        begin
+        for begin in begins
+        if any(one.wall < begin and (begins[0] <= one.wall or _is_above(one.revision, newest)) for one in later)
+    ]
+    return lambda first: bisect_right(again, first.wall)
+
+
+def _is_above(revision: int, newest: int | None) -> bool:
+    return newest is not None and revision > newest
+
+
 # Holes, and the generation of a moment
 
 
@@ -260,7 +291,8 @@ def holes(spans: Sequence[Span]) -> list[bool]:
     reached: int | None = None
     for span in spans:
         found.append(reached is not None and span.first.revision > reached + 1)
-        reached = span.last.revision if reached is None else max(reached, span.last.revision)
+        begins = reached is None or not span.first.revision  # another life of the state; see `lives`
+        reached = span.last.revision if begins else max(reached or 0, span.last.revision)
     return found
 
 

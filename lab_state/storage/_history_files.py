@@ -118,6 +118,18 @@ def present_files(paths: Paths, name: str, base: str, known: lookup.Fingerprint 
     return [link] if follows is None else [follows, link]
 
 
+def first_revision(paths: Paths, base: str) -> int | None:
+    """Return the first revision of the generation in use, whose journal has this base. Return `None` if it is only in the journal.
+
+    Raises:
+        StorageError: The snapshot cannot be read.
+    """
+    if base == NO_BASE:
+        return 0
+    found = lookup.fingerprint(paths.snapshot)
+    return None if base == ANY_BASE or found is None else _moment(paths.snapshot, 0, found.size).revision
+
+
 def _present_snapshot(path: str, base: str, known: lookup.Fingerprint | None) -> Link | None:
     """Return the snapshot, if the file at the path has the bytes that `base` names."""
     found = lookup.fingerprint(path)

@@ -181,7 +181,9 @@ class KeptHistory:
         path = self._paths.journal
         with self._lock:
             sizes, head = files.sizes_in(self._paths.history), fs.read(path, files.HEAD_BYTES)
-        if head is None:
-            return sizes, InUse("", "", 0)
-        header = journal.read_header(head, self._name, path)
-        return sizes, InUse(header.base, journal_file(0, 0, header.base, header.salt).salt, header.wall)
+            if head is None:
+                return sizes, InUse("", "", 0)
+            header = journal.read_header(head, self._name, path)
+            first = files.first_revision(self._paths, header.base)
+        salt = journal_file(0, 0, header.base, header.salt).salt
+        return sizes, InUse(header.base, salt, header.wall, first)

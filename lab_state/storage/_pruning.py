@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lab_state.storage._generations import HistoryFile, StoredGeneration, grouped
+from lab_state.storage._generations import HistoryFile, Moment, StoredGeneration, grouped, lives
 from lab_state.storage._limits import Held, Limits, to_prune
 
 
@@ -19,11 +19,13 @@ class InUse(NamedTuple):
         base: The snapshot that it follows.
         salt: Its salt, as in the name of a file of the history.
         wall: The time when it was made, in milliseconds since 1970.
+        first: The first revision of its generation; `None` if it is not known.
     """
 
     base: str
     salt: str
     wall: int
+    first: int | None = None
 
 
 class Deletions(NamedTuple):
@@ -39,12 +41,14 @@ class Deletions(NamedTuple):
 
 
 def _replaced(sizes: Mapping[HistoryFile, int], in_use: InUse) -> list[StoredGeneration]:
-    """Return the generations of a history without the one in use, the oldest first. A crash may have left links to files in use."""
-    return sorted((one for one in grouped(sizes).generations if not _is_in_use(one, in_use)), key=_age)
+    """Return the generations of a history without the one in use, the oldest first. It has links to files in use after a crash."""
+    found = [one for one in grouped(sizes).generations if not _is_in_use(one, in_use)]
+    life = lives([Moment(one.first, one.wall) for one in found], in_use.first)
+    return sorted(found, key=lambda one: (life(Moment(one.first, one.wall)), *_age(one)))
 
 
 def _age(one: StoredGeneration) -> tuple[int, int, int]:
-    """Return a key that is smaller for an older generation. Two snapshots may have the same revision and the same time."""
+    """Return a key that is smaller for an older generation of one life. Two snapshots may have the same revision and the same time."""
     return one.first, one.wall, max((file.wall for file in one.journals), default=0)
 
 

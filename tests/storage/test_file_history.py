@@ -25,6 +25,7 @@ from lab_state import (
     _past,
     list_generations,
     read_state,
+    remove_state,
 )
 from lab_state import _journal as journal
 from lab_state._journal import ANY_BASE, FrameKind
@@ -373,6 +374,24 @@ async def test_a_removed_state(tmp_path: Path, clock: ManualClock) -> None:
     for _ in range(2):
         assert [one.last_revision for one in await list_generations("lab", FileStorage(tmp_path))] == [4, 8, 12]
         (tmp_path / "lab.lock").unlink(missing_ok=True)
+
+
+async def test_a_state_that_was_made_again(tmp_path: Path, clock: ManualClock) -> None:
+    """A removed state has left its history. The list is in the order of time, and a time shows the state that there was then."""
+    first = await make_history(tmp_path, clock)
+    await remove_state("lab", FileStorage(tmp_path))
+    clock.advance(100)
+    second = await make_history(tmp_path, clock, generations=2, records=2)
+    found = await list_generations("lab", FileStorage(tmp_path))
+    walls = [one.first_wall or 0.0 for one in found]
+    assert walls == sorted(walls)
+    assert found[-1].in_use
+    assert not any(one.hole_before for one in found)
+    for model in (first, second):
+        for revision, (time, values) in model.items():
+            assert await get(tmp_path, clock, datetime.fromtimestamp(time, UTC)) == (revision, values)
+    assert await get(tmp_path, clock, 3) == (3, second[3][1])
+    assert await get(tmp_path, clock, 9) == (9, first[9][1])
 
 
 async def test_a_file_of_another_program_has_the_time_of_the_file(tmp_path: Path, clock: ManualClock) -> None:

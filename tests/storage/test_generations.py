@@ -21,6 +21,7 @@ from lab_state.storage._generations import (
     grouped,
     holes,
     journal_file,
+    lives,
     moment_of_record,
     moment_of_snapshot,
     parse_name,
@@ -138,6 +139,32 @@ def test_the_revision_of_a_record() -> None:
     assert revision_of_record(b'{"from":41,"to":45,"clear":false') == 45
     assert revision_of_record(b'{"to":45,"from":41}') == 45
     assert revision_of_record(b"[]") is None
+
+
+def life_of(*firsts: tuple[int, int], newest: int | None = None) -> list[int]:
+    """Return the number of the life of each generation. Each one is given as its first revision and its time."""
+    moments = [Moment(*first) for first in firsts]
+    return list(map(lives(moments, newest), moments))
+
+
+def test_one_life() -> None:
+    """The clock may be set forward or back. A killed process may leave two journals that begin with revision 0."""
+    assert life_of() == []
+    assert life_of((0, 50), (10, 90), (20, 30), (30, 40), newest=30) == [0, 0, 0, 0]
+    assert life_of((0, 50), (0, 60), (10, 70), newest=20) == [0, 0, 0]
+    assert life_of((5, 50), (10, 20)) == [0, 0]
+
+
+def test_revisions_that_began_again() -> None:
+    """The times show which generations are of the earlier life. The beginning of that life may be pruned."""
+    assert life_of((0, 10), (10, 20), (0, 30), (5, 40), (8, 35), (9, 9)) == [0, 0, 1, 1, 1, 0]
+    assert life_of((57, 10), (80, 20), (0, 30), (20, 40), newest=40) == [0, 0, 1, 1]
+    assert life_of((0, 10), (4, 20), (0, 30), (4, 40), (0, 50)) == [0, 0, 1, 1, 2]
+
+
+def test_holes_of_another_life() -> None:
+    """A revision that is missing in the second life is a hole, also if the first life had it."""
+    assert holes([span(0, 20), span(0, 5), span(7, 9)]) == [False, False, True]
 
 
 def test_holes() -> None:

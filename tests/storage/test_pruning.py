@@ -93,6 +93,16 @@ def test_a_journal_without_its_snapshot_goes() -> None:
     assert deleted(sizes, added=0) == Deletions((journal(1),), ())
 
 
+def test_revisions_that_began_again() -> None:
+    """The generations of a removed state are older than those of a new one with the same name, although their revisions are higher."""
+    old = {snapshot_file(number, number, f"1-{number:08d}"): 10 for number in (57, 80)}
+    new = {snapshot_file(number, 500 + number, f"2-{number:08d}"): 10 for number in (0, 20)}
+    in_use = IN_USE._replace(first=40)
+    for length, most_bytes, number in ((NOW - 100, None, 1), (NOW - 505, None, 2), (NOW, 30, 1), (NOW, 20, 2)):
+        found = deletions({**new, **old}, in_use, limits=Limits(length, most_bytes), now=NOW, added=9)
+        assert list(found.snapshots) == list(old)[:number]
+
+
 def test_the_files_in_use_stay() -> None:
     """A crash may leave links to them: to the snapshot, to its journal, or to a journal that starts with the whole state."""
     linked = {snapshot(99): 1, journal(99): 1, journal(9, "f" * 16, base=ANY_BASE): 1, journal(8, base=IN_USE.base): 1}
