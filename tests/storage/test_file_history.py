@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from histories import START, checkpoint, link_files, make_history
+from running import flusher_of
 
 from lab_state import (
     CorruptionError,
@@ -411,10 +412,14 @@ async def test_a_file_of_another_program_has_the_time_of_the_file(tmp_path: Path
         await get(tmp_path, clock, at(40))
 
 
-async def test_a_journal_with_the_whole_state(tmp_path: Path, clock: ManualClock) -> None:
+async def test_a_journal_with_the_whole_state(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is a generation without a snapshot: in use, and in the history."""
     await make_history(tmp_path, clock, generations=1)
     async with Manager("lab", FileStorage(tmp_path), clock=clock) as state:
+        # No checkpoint begins by itself after the journal was written anew.
+        monkeypatch.setattr(flusher_of(state).checkpoints, "start_if_due", lambda: None)
         await state.set("a", "x" * 100_000)
         await state.flush()
         (tmp_path / "lab.json").unlink()  # so the next commit writes everything anew
