@@ -32,7 +32,10 @@ Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
 
 
 Told: TypeAlias = tuple[str, tuple[StoredOrGone, int]]
-"""A key and its change. The change is a pair: the new value, `DELETED` or `EXPIRED`, and the revision to report."""
+"""A key and its change. The change is a pair. Its first item is the new value, or `DELETED`, or `EXPIRED`. Its second item is the revision to report.
+
+A mirror gives `None` in place of the new value, because only the kind of the change is used.
+"""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -58,7 +61,7 @@ def _kind(changed: StoredOrGone) -> Kind:
 
 
 class Watcher:
-    """An open watch. It is an iterator over its pending changes."""
+    """An open watch. It is an asynchronous iterator over its pending changes."""
 
     def __init__(self, prefix: str, cut: int, since: int, *, durable: bool) -> None:
         """Create a watch without pending changes.
@@ -237,7 +240,7 @@ class Watchers:
             self.attended(False)
 
     def note(self, key: str | None, changed: StoredOrGone, revision: int) -> None:
-        """Note that a key was changed, or that all keys were deleted (`None`).
+        """Note that a key was changed, or that all keys were deleted (`key` is `None`).
 
         The reports to the watchers begin in the next turn of the event loop.
         """

@@ -127,7 +127,7 @@ class Arrivals:
                 done.set_result(None)
 
     def give_up(self, is_due: Callable[[float], bool], why: str) -> None:
-        """End the questions that have no answer in time.
+        """End the questions that were not answered in time, with an `UnavailableError`.
 
         Args:
             is_due: A function that returns whether the wait of a call has to end. Its argument is the time of the call,
@@ -140,7 +140,10 @@ class Arrivals:
                 _fail(question.done, UnavailableError(f"catch_up() of {self._name!r} had no answer, because {why}"))
 
     def close(self, error: LabStateError) -> None:
-        """End all waits with an error, because the copy of this process will reach no further revision. Later waits raise it too."""
+        """End all waits with an error, because the copy of this process will reach no further revision.
+
+        A later `wait` for a revision that the copy does not have raises the error, too. After this, `catch_up` must not be called.
+        """
         self._error = error
         for question in self._questions.values():
             _fail(question.done, copied(error))

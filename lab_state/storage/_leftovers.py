@@ -1,7 +1,7 @@
 """Files that earlier sessions left. Each storage object lists a directory only once to find them.
 
-A directory may have the files of many states. So if the lock file says which temporary files may
-exist, a start does not list the directory.
+A directory may have the files of many states, and listing it then takes long. So a start lists it only if the lock
+file does not say which temporary files may exist, or if the journal has a torn tail.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lab_state import _forks as forks
 from lab_state.storage import _lookup as lookup
 
 _LEFT = re.compile(r"(.+\.(?:json|journal))\.(?:[0-9a-f]{8}\.tmp|torn-\d+)")
-"""The name of a temporary file or of a torn tail. A snapshot, a journal or a lock file never has such a name."""
+"""The name of a temporary file, or of a file that keeps a torn tail. A snapshot, a journal or a lock file never has such a name."""
 
 
 class Leftovers:
-    """The temporary files and torn tails in directories, as the first listing of each directory found them."""
+    """The temporary files, and the files of torn tails, that the first listing of each directory found, or that `add` has noted since."""
 
     def __init__(self) -> None:
         """Start without any listing."""
@@ -34,7 +34,7 @@ class Leftovers:
         self._lock = threading.Lock()
 
     def temporary(self, path: str) -> list[str]:
-        """Return the temporary files that were made to replace a file.
+        """Return the temporary files that were made to replace the file at `path`. Some may have been deleted since.
 
         Raises:
             StorageError: The directory cannot be listed.
@@ -42,7 +42,7 @@ class Leftovers:
         return [file for file in self._beside(path) if file.endswith(".tmp")]
 
     def torn(self, path: str) -> list[str]:
-        """Return a new list of the torn tails of a journal, the oldest first. It may have files that were deleted since.
+        """Return a new list of the files that keep torn tails of a journal, the oldest first. Some may have been deleted since.
 
         Raises:
             StorageError: The directory cannot be listed.
@@ -50,7 +50,7 @@ class Leftovers:
         return [file for file in self._beside(path) if not file.endswith(".tmp")]
 
     def add(self, path: str, file: str) -> None:
-        """Note a torn tail of a journal that was saved just now."""
+        """Note a file that was written just now, and keeps a torn tail of a journal."""
         self._beside(path).append(file)
 
     def _beside(self, path: str) -> list[str]:
