@@ -233,7 +233,7 @@ def shared(session: nox.Session) -> None:
     session.run(*long, "tests/shared/servers_in_full.py", env=environment)
 
 
-COMMAND = ("tests/cli", "tests/cli/processes_in_full.py")
+COMMAND = ("tests/cli", "tests/cli/processes_in_full.py", "tests/cli/beside_in_full.py", "tests/cli/shells_in_full.py")
 
 
 @nox.session

@@ -82,6 +82,8 @@ def run() -> None:
     except click.ClickException as error:
         try:
             error.show()
+            if isinstance(error, click.NoSuchOption) and error.option_name == "--at" and error.ctx is not None:
+                note(f"The moment stands before the subcommand: {PROGRAM} --at WHEN {error.ctx.info_name} ...")
         except OSError:
             drop(sys.stderr)
         sys.exit(USAGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import click
@@ -11,6 +12,12 @@ from click.shell_completion import CompletionItem
 from lab_state.cli._target import S3, Place, Target, parse_place, parse_state
 
 _SUFFIXES = (".json", ".journal")
+
+_KEPT = re.compile(r"\.(?:history|damaged-\d+(?:-\d+)?)$")
+"""The end of the name of a directory that lab_state itself makes beside a state."""
+
+_MOST_LEVELS = 8
+"""Levels of directories that are looked into at once. Links may lead in a circle."""
 
 
 class StateType(click.ParamType[Target]):
@@ -48,7 +55,19 @@ class PlaceType(click.ParamType[Place]):
 
 
 def complete(text: str) -> list[str]:
-    """Return the states on disk that begin with a text, and the directories with a slash. A shell offers them for STATE."""
+    """Return the states on disk that begin with a text, and the directories with a slash. A shell offers them for STATE.
+
+    In the place of a directory that is the only offer, its content is offered. Otherwise a shell would add a space to the directory.
+    """
+    found = _offers(text)
+    for _ in range(_MOST_LEVELS):
+        if len(found) != 1 or not found[0].endswith("/"):
+            break
+        found = _offers(found[0]) or found
+    return found
+
+
+def _offers(text: str) -> list[str]:
     if text.startswith(S3):
         return []
     head, slash, last = text.rpartition("/")
@@ -62,7 +81,7 @@ def complete(text: str) -> list[str]:
 
 def _offer(entry: os.DirEntry[str]) -> str:
     if entry.is_dir():
-        return f"{entry.name}/"
+        return "" if _KEPT.search(entry.name) else f"{entry.name}/"
     stem, suffix = os.path.splitext(entry.name)
     return stem if suffix in _SUFFIXES else ""
 

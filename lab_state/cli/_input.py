@@ -66,7 +66,8 @@ def parse_object(data: bytes) -> dict[str, Item]:
     try:
         values = msgspec.json.decode(data, type=dict[str, Any])
     except NOT_JSON as error:
-        offset, why = not_an_object(data, error)
+        offset, text = not_an_object(data, error)
+        why = text.split(";")[0]  # the rest is about the file of a state
         raise InvalidValueError(
             f"the input is not one JSON object (byte {offset}): {why}; for lines, add --nl"
         ) from None

@@ -18,6 +18,9 @@ from lab_state.storage._directory import Paths
 from lab_state.storage._history import Restoring, history_of
 from lab_state.storage._protocol import Storage
 
+_MOST = 20
+"""The largest number of losses that are shown for people. Each lost record is one."""
+
 
 async def repair(output: Output, state: Target, *, dry_run: bool, depose: bool, json: bool) -> None:
     """Repair a state, or only list what a repair would lose."""
@@ -41,8 +44,10 @@ async def repair(output: Output, state: Target, *, dry_run: bool, depose: bool, 
         output.one(repaired=not dry_run, keys=len(saved.state.entries), lost=saved.lost, revision=revision, kept=kept)
         return
     output.line(f"damage: {output.text(reason)}")
-    for sentence in saved.lost:
+    for sentence in saved.lost[:_MOST]:
         output.line(f"lost: {output.text(sentence)}")
+    if len(saved.lost) > _MOST:
+        output.line(f"lost: {len(saved.lost) - _MOST} more losses: --json lists all of them")
     done = "a repair would keep" if dry_run else f"revision {revision} has"
     output.line(f"{done} {len(saved.state.entries)} keys, with the changes up to {saved.state.revision}")
     if kept is not None:

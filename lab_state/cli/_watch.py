@@ -113,7 +113,8 @@ async def _poll(storage: Storage, state: Target, printer: _Printer, last: int | 
         # This must come after the reading of the state. Otherwise a change between the two readings would not be printed.
         await _fill(storage, state.name, printer, last, now.revision)
     else:
-        printer.note(f"watching {state} by its files, from revision {now.revision}")
+        what = "objects" if state.place.bucket else "files"
+        printer.note(f"watching {state} by its {what}, from revision {now.revision}")
     every = EVERY if isinstance(storage, FileStorage) else EVERY_IN_A_BUCKET
     while True:
         await asyncio.sleep(every)

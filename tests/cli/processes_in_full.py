@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from subcommands import CASES, NEW, check_again, check_whole, editor, files, fresh, made
+from each_subcommand import CASES, NEW, check_again, check_whole, editor, files, fresh, made
 
 from lab_state import FileStorage, read_state
 from lab_state.cli._app import cli

@@ -166,6 +166,7 @@ def test_input_of_load() -> None:
     for data, message in (
         (b'{"a": 1', "byte"),
         (b"[1]", "one JSON object"),
+        (b"", r"\(byte 0\): it has no JSON[^;]*; for lines, add --nl$"),
         (b'{"a":1}\n{"b":2}', "--nl"),
         (b'{"$lab_state":{}}', "lab_state"),
     ):
@@ -263,10 +264,24 @@ def test_exit_codes(error: errors.LabStateError, code: int) -> None:
 
 
 def test_completion_offers_states_and_directories(tmp_path: Path) -> None:
-    """A shell completes the names of states, and directories with a slash. In a bucket, or where nothing can be read, it completes nothing."""
+    """A shell completes the names of states, and directories with a slash. In a bucket, or where nothing can be read, it completes nothing.
+
+    Directories of lab_state itself are left out. In the place of a single directory, its content is offered.
+    """
     root = tmp_path
     (root / "state").mkdir()
     for name in ("shop.json", "shop.journal", "shop.lock", "sheet.journal", "notes.txt"):
         (root / name).touch()
     assert complete(f"{root}/s") == [f"{root}/sheet", f"{root}/shop", f"{root}/state/"]
+    (root / "shop.history").mkdir()
+    (root / "shop.damaged-1700000000000").mkdir()
+    assert complete(f"{root}/sho") == [f"{root}/shop"]
+    assert complete(f"{root}/st") == [f"{root}/state/"]
+    (root / "state" / "deep").mkdir()
+    (root / "state" / "deep" / "one.json").touch()
+    (root / "state" / "deep" / "two.json").touch()
+    assert complete(f"{root}/st") == [f"{root}/state/deep/one", f"{root}/state/deep/two"]
+    (root / "circle").mkdir()
+    (root / "circle" / "again").symlink_to(root / "circle")
+    assert complete(f"{root}/circle").pop().endswith("again/")
     assert complete(f"{root}/x") == complete(f"{root}/none/") == complete("s3://bucket/") == []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command import under
-from subcommands import CASES, IN_FULL, check_again, check_whole, fresh, made, run
+from each_subcommand import CASES, IN_FULL, check_again, check_whole, fresh, made, run
 
 EVERY = 1 if IN_FULL else 23
 """The distance between two of the calls before which a process is killed."""

@@ -140,6 +140,22 @@ async def test_a_repair_for_people(tmp_path: Path) -> None:
     assert "shop.damaged-" in done[-1]
 
 
+async def test_many_losses(tmp_path: Path) -> None:
+    """A person gets the first 20 losses, and their number. JSON has each of them."""
+    world = World("running", tmp_path)
+    (tmp_path / "two").mkdir()
+    async with world.filled():
+        assert world.manager is not None
+        for number in range(40):
+            await world.manager.set(f"k{number}", number)
+        journal = (tmp_path / "state" / "shop.journal").read_bytes()
+    (tmp_path / "two" / "shop.journal").write_bytes(journal.replace(b'"cart/ann":["apple"]', b'"cart/ann":["appl!"]'))
+    lines = (await world.run("repair", "--dry-run", "two/shop")).out.splitlines()
+    assert sum(line.startswith("lost: ") for line in lines) == 21
+    assert lines[-2] == "lost: 22 more losses: --json lists all of them"
+    assert len((await world.run("repair", "--dry-run", "--json", "two/shop")).json["lost"]) == 42
+
+
 def test_what_can_be_saved() -> None:
     """Pieces of a snapshot without an object, without a member, with bad values and with bad keys give what is whole in them."""
     assert salvage(b"nonsense", None, "shop").state.entries == {}
