@@ -82,8 +82,10 @@ async def check(server: Server, tally: Tally, *, is_plain: bool) -> None:
         is_plain: Whether the plain JSON file must have everything, without the journal.
     """
     if is_plain:
-        assert not wrong(json.loads((server.state / f"{NAME}.json").read_bytes()), tally)
-    assert not wrong(await stored(server.state), tally), server.said()
+        found = wrong(json.loads((server.state / f"{NAME}.json").read_bytes()), tally)
+        assert not found, found
+    found = wrong(await stored(server.state), tally)
+    assert not found, f"{found}; {server.said()}"
 
 
 async def count_while_owners_are_killed(

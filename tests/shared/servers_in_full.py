@@ -196,7 +196,7 @@ REFUSED = {
     "gunicorn": {1, 3},
     "gunicorn-asgi": {1, 3},
     "gunicorn-aiohttp": {1, 3},
-    "hypercorn": {0, 1},
+    "hypercorn": {0, 1, 241},  # 241 if it ends a worker that is being started
     "granian": {1},
 }
 """The statuses with which the servers end when their workers are refused. docs/workers.md has them."""
