@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import commands
 import growth
-import subcommands
 
 
 def test_each_call_is_measured() -> None:
@@ -13,4 +13,4 @@ def test_each_call_is_measured() -> None:
 
 def test_each_subcommand_is_measured() -> None:
     """A subcommand that is not measured, without a reason for that, is an error. So is one that is gone."""
-    subcommands.check_complete()
+    commands.check_complete()

@@ -25,7 +25,7 @@ from lab_state._state import State
 from lab_state._state_view import StateView
 from lab_state.cli._exits import NOT_FOUND, USAGE, Stop
 from lab_state.cli._output import Output
-from lab_state.cli._storages import check_deposes, described, expiry_of, raw_of, read, storage_at
+from lab_state.cli._storages import check_deposes, described, expiry_of, raw_of, read, storage_to_write
 from lab_state.cli._target import Target
 from lab_state.config import Config
 from lab_state.manager import Manager
@@ -63,8 +63,8 @@ async def migrate(output: Output, schema: str, state: Target, *, dry_run: bool, 
     if dry_run:
         _Trial(output, code, view, state).run(json=json)
         return
-    storage = storage_at(state.place)
     check_deposes(state, depose=depose)
+    storage = await storage_to_write(state)
     manager = Manager(Config(name=state.name, flush_interval=None), storage, schema=code)
     async with manager:
         before, revision = view.schema, manager.revision

@@ -26,12 +26,12 @@ async def repair(output: Output, state: Target, *, dry_run: bool, depose: bool, 
     """Repair a state, or only list what a repair would lose."""
     storage = storage_at(state.place, create=True)
     try:
-        await load(state.name, storage)
+        loaded = await load(state.name, storage)
     except CorruptionError as error:
         reason = str(error)
     else:
         if json:
-            output.one(repaired=False, lost=[], revision=None, kept=None)
+            output.one(repaired=False, keys=len(loaded.state.entries), lost=[], revision=None, kept=None)
         else:
             output.line("the state can be loaded: there is nothing to repair")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from typing import Any
 
@@ -9,11 +10,13 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._entries import Expiring, Stored
+from lab_state._periods import LONGEST_TTL
 from lab_state._state_view import StateView, read_state
 from lab_state._values import encode
 from lab_state.cli._exits import LOCKED, Stop
 from lab_state.cli._target import Place, Target
 from lab_state.cli._when import parse_when
+from lab_state.storage._directory import Paths
 from lab_state.storage._protocol import Storage
 from lab_state.storage.file import FileStorage
 
@@ -30,6 +33,34 @@ def storage_at(place: Place, *, create: bool = False) -> Storage:
     from lab_state.storage.s3 import S3Storage  # noqa: PLC0415 -- only a bucket needs it
 
     return S3Storage(place.bucket, prefix=place.prefix)
+
+
+async def storage_to_write(target: Target, *, create: bool = False) -> Storage:
+    """Return the storage of a state that a subcommand will write. An existing history gets what the write replaces, and nothing is pruned.
+
+    Only the program knows the limits of its history. It prunes later.
+
+    Raises:
+        ValueError: See `storage_at`.
+        ImportError: See `storage_at`.
+        StorageError: The store could not be asked for a history.
+    """
+    storage, place = storage_at(target.place, create=create), target.place
+    if isinstance(storage, FileStorage):
+        if _is_there(Paths.of(place.directory, target.name).history):
+            return FileStorage(place.directory, create=create, history=LONGEST_TTL, history_bytes=None)
+        return storage
+    from lab_state.storage.s3 import S3Storage  # noqa: PLC0415 -- only a bucket needs it
+    from lab_state.storage.s3._keeping import has_history  # noqa: PLC0415 -- likewise
+
+    assert isinstance(storage, S3Storage)
+    if await storage._run(target.name, has_history):  # noqa: SLF001 -- as `doctor` does
+        return S3Storage(place.bucket, prefix=place.prefix, history=LONGEST_TTL, history_bytes=None)
+    return storage
+
+
+def _is_there(path: str) -> bool:
+    return os.path.exists(path)
 
 
 def check_deposes(target: Target, *, depose: bool) -> None:

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._entries import Stored
-from lab_state.cli._exits import no_key
+from lab_state.cli._exits import USAGE, Stop, no_key
 from lab_state.cli._output import Output
 from lab_state.cli._storages import described, entries_of, expiry_of, json_of, raw_of, read
 from lab_state.cli._target import Target
@@ -45,6 +45,8 @@ async def keys(
     nl: bool,
 ) -> None:
     """Print the keys with a prefix, in order."""
+    if tree and json:
+        raise Stop(USAGE, "keys --tree has --nl, and no --json")
     view = await read(state, at)
     found = await view.keys(prefix, after=after, limit=None if tree else limit)
     if tree:

@@ -20,7 +20,7 @@ from lab_state._migrations import ANY
 from lab_state._values import encode_value
 from lab_state.cli._client import PATIENCE, Client
 from lab_state.cli._input import Item, has_changed, json_of
-from lab_state.cli._storages import check_deposes, storage_at
+from lab_state.cli._storages import check_deposes, storage_at, storage_to_write
 from lab_state.cli._target import Target
 from lab_state.config import Config
 from lab_state.exceptions import ConflictError, InvalidValueError, KeyNotFoundError, LockedError, StorageError
@@ -78,8 +78,8 @@ async def writer(target: Target, *, create: bool = False, depose: bool = False) 
         LockedError: A process that does not share the state has it open.
         LabStateError: The state cannot be opened, or a change could not be written.
     """
-    storage = storage_at(target.place, create=create)
     check_deposes(target, depose=depose)
+    storage = await storage_to_write(target, create=create)
     manager = Manager(Config(name=target.name, flush_interval=None), storage, schema=ANY)
     client = Client(storage, target.name) if isinstance(storage, FileStorage) else None
     try:

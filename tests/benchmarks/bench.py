@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import calls
+import commands
 import durable
 import growth
 import history
@@ -40,7 +41,6 @@ import ranges
 import scan
 import shared
 import stalls
-import subcommands
 import uvloop
 import versus
 from measure import FULL, QUICK, Numbers, Results
@@ -118,7 +118,7 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
     elif part == "migrations":
         migrations.migrations(results, directory, count)
     elif part == "command":
-        subcommands.command(results, directory, count, scale.rounds)
+        commands.command(results, directory, count, scale.rounds)
     elif part == "many":
         run(many.many(results, directory, count // 100))
     else:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from commanded import World
+from commanded import Kind, World
 from s3_world import endpoint
 
 from lab_state import Config, FileStorage, Manager, S3Storage, read_state
@@ -159,3 +159,25 @@ async def test_a_running_state_is_not_restored(tmp_path: Path) -> None:
             assert (await world.run("restore", world.state, "--at", "r1", "--into", "copy")).code == 0
             view = await read_state("copy", world.storage())
             assert (view.revision, len(view)) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["stopped", "stopped in a bucket"])
+async def test_a_write_by_hand_stays_in_the_history(tmp_path: Path, kind: Kind) -> None:
+    """If a state has a history, each write of the command can be undone. A write to a state without one begins none."""
+    world = World(kind, tmp_path)
+    depose = ["--depose"] if world.in_bucket else []
+    bucket = (
+        S3Storage(world.bucket.name, prefix="states", endpoint_url=endpoint(), region_name="us-east-1", history=1000)
+        if world.in_bucket
+        else None
+    )
+    async with Manager("shop", bucket or FileStorage(tmp_path / "state", history=1000)) as state:
+        await state.set("a", 1)
+    for value in ("2", "3"):
+        assert (await world.run("set", world.state, "a", value, *depose)).code == 0
+    assert await (await read_state("shop", world.storage(), at=2)).get("a") == 2
+    if not world.in_bucket:
+        assert not any(one["hole_before"] for one in (await world.run("history", "--nl", world.state)).lines)
+        assert (await world.run("set", "--create", "plain/shop", "a", "1")).code == 0
+        assert (await world.run("set", "plain/shop", "a", "2")).code == 0
+        assert not (tmp_path / "plain" / "shop.history").exists()

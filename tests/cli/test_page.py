@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shlex
 from pathlib import Path
 
 from command import command
+from commanded import World, script
+
+from lab_state import FileStorage, Manager
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 APPLICATION = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CHANGING = (
+    (re.compile(r"^(?:ok|LOOK) +(directory|file system|room): .*$", re.MULTILINE), r"\1"),
+    (re.compile(r"^(?:ok|LOOK) +(\S+): owner .*$", re.MULTILINE), r"\1"),
     (re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z"), "TIME"),
     (re.compile(r'"(wall|expires|next|first_wall|last_wall)":\d{13}'), r'"\1":0'),
     (re.compile(r"\b\d+\.\d{3} s\b"), "SECONDS"),
@@ -47,10 +53,94 @@ async def test_the_examples_print_what_the_page_shows(tmp_path: Path) -> None:
     shown = examples(page)
     assert len(shown) > 15
     for line, expected in shown:
-        words, given = shlex.split(line), b""
+        words, given, env = shlex.split(line), b"", dict[str, str]()
+        if words[0] != "lab-state":
+            name, _, value = words.pop(0).partition("=")
+            env[name] = value
         assert words[0] == "lab-state"
         if "<" in words:
             at = words.index("<")
             given, words = (tmp_path / words[at + 1]).read_bytes(), words[:at]
-        done = await asyncio.to_thread(command, *words[1:], cwd=tmp_path, given=given)
+        done = await asyncio.to_thread(command, *words[1:], cwd=tmp_path, given=given, env=env)
         assert settled(done.out + done.err) == settled(expected), line
+
+
+MOMENT = {"live", "revision", "durable_revision", "wall"}
+ROW = re.compile(r"^\| (`(?:[^|]|\n)+?`) \| (.+) \|$", re.MULTILINE)
+
+
+def documented() -> dict[str, set[str]]:
+    """Return the members that the table of the page gives for each output."""
+    page = (ROOT / "docs" / "command.md").read_text()
+    table = page.partition("| output | members |")[2].partition("\n\n")[0]
+    found: dict[str, set[str]] = {}
+    for outputs, members in ROW.findall(table):
+        names = set(re.findall(r"`([a-z_]+)`", re.split(r"[:;]", members)[0])) - {"null"}
+        if "and the moment" in members:
+            names |= MOMENT
+        found |= dict.fromkeys(re.findall(r"`([^`]+)`", outputs), names)
+    return found
+
+
+async def test_the_page_has_all_members_of_each_json(tmp_path: Path) -> None:
+    """Each output has the documented members and no other. An object begins with its format. Each output is tried, except for `watch`."""
+    world = World("stopped", tmp_path)
+    (tmp_path / "app.py").write_text(SCHEMAS)
+    async with Manager("shop", FileStorage(tmp_path / "state", history=1000)) as state:
+        await state.set_many({"stock/apple": 12, "stock/pear": 3})
+    env = {"EDITOR": script(tmp_path / "editor", 'echo 7 > "$1"')}
+    shop, line = world.state, '{"key":"a","value":1}\n'
+    runs = {
+        "get --json": (shop, "stock/apple"),
+        "keys --json": (shop,),
+        "keys --nl": (shop,),
+        "keys --tree --nl": (shop,),
+        "dump --nl": (shop,),
+        "stats --json": (shop,),
+        "verify --json": (shop,),
+        "backup --json": (shop, "backup.json"),
+        "set --json": (shop, "stock/apple", "13"),
+        "edit --json": (shop, "stock/pear"),
+        "diff --nl": ("backup.json", shop),
+        "delete --json": (shop, "stock/pear"),
+        "load --json": (shop, "--nl"),
+        "ls --nl": (world.place,),
+        "history --json": (shop,),
+        "history --nl": (shop,),
+        "history KEY --nl": (shop, "a"),
+        "tail --nl": (shop, "--since", "r0"),
+        "copy --json": (shop, "other/shop"),
+        "restore --dry-run --json": (shop, "--at", "r2", "--into", "shop"),
+        "restore --json": (shop, "--at", "r2", "--into", "shop"),
+        "repair --json": (shop,),
+        "doctor --json": (shop,),
+        "migrate --dry-run --json": ("app:schema", shop),
+        "check --nl": ("app:typed", shop),
+        "migrate --json": ("app:schema", shop),
+    }
+    pages = documented()
+    assert pages.keys() == runs.keys() | {"watch --nl"}
+    for name, arguments in runs.items():
+        words = [word for word in name.split() if word != "KEY"]
+        done = await world.run(words[0], *words[1:], *arguments, given=line, env=env)
+        assert done.code in {0, 1}, (name, done)
+        members = pages[name]
+        if "--json" in words:
+            found: dict[str, object] = done.json
+            assert next(iter(found.items())) == ("format", 1), name
+            assert found.keys() - {"format"} == members, name
+        elif members:
+            seen = set().union(*(line.keys() for line in done.lines))
+            assert seen == members, (name, done)
+        else:
+            assert all(isinstance(json.loads(line), str) for line in done.out.splitlines()), name
+
+
+SCHEMAS = """
+from lab_state import Schema
+schema = Schema(2)
+@schema.migration(to=2)
+def nothing(draft):
+    draft.set("b", 1)
+typed = Schema(1, types={"stock/": str})
+"""

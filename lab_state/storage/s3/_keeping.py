@@ -26,7 +26,7 @@ from lab_state.storage._generations import moment_of_snapshot
 from lab_state.storage._limits import Held, Limits, to_prune
 from lab_state.storage._protocol import HistoryFigures
 from lab_state.storage.s3._client import Requests
-from lab_state.storage.s3._format import Names, Older
+from lab_state.storage.s3._format import Names, Older, kept_in_metadata
 from lab_state.storage.s3._outcomes import NO_ETAG, WRITE_ID, NotOursError, ObjectInfo, unquoted
 
 _logger = Log(logging.getLogger("lab_state"))
@@ -255,3 +255,11 @@ async def keeps_something(store: Requests, names: Names) -> bool:
     """Return whether there is a history. A session that keeps no history must not delete the records of an existing one."""
     page, _ = await store.page(names.history, names.history)
     return any(names.older(key) is not None for key in page)
+
+
+async def has_history(store: Requests, names: Names) -> bool:
+    """Return whether a program keeps a history of a state: there is one, or the snapshot says that the records belong to one."""
+    present = await store.head(names.snapshot)
+    if present is not None and kept_in_metadata(present.metadata):
+        return True
+    return await keeps_something(store, names)
