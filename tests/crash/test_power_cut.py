@@ -24,7 +24,7 @@ import pytest
 from lives import in_memory
 from witness import Witness, zygote
 
-from lab_state import Config, FileStorage, Manager, StorageError, UnsupportedError
+from lab_state import Config, FileStorage, Manager, StorageError, UnsupportedError, read_state, restore_state
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("LAB_STATE_POWER_CUT") != "1", reason="asked for with LAB_STATE_POWER_CUT=1, as nox -s crash does"
@@ -167,6 +167,56 @@ def test_files_that_cannot_be_replaced(disk: Disk, tmp_path: Path) -> None:
         asyncio.run(start_and_set(directory))
     run("no chattr", "chattr", "-a", directory)
     asyncio.run(start_and_set(directory))
+
+
+async def make_damaged(directory: Path) -> dict[str, bytes]:
+    """Make a state with a history, and damage its snapshot and its journal. Return their bytes."""
+    for number in range(3):
+        async with Manager("lab", FileStorage(directory, history=3600)) as state:
+            await state.set("number", number)
+            await state.set("large", f"{number}" * 50_000)
+    for path in (directory / "lab.json", directory / "lab.journal"):
+        path.write_bytes(path.read_bytes().replace(b"e", b"f"))
+    return {path.name: path.read_bytes() for path in directory.glob("lab.j*")}
+
+
+@pytest.mark.timeout(60 + 10 * CYCLES)
+def test_a_restore_over_a_damaged_state(disk: Disk, tmp_path: Path) -> None:
+    """After a cut at any time, each damaged file is whole: in its place or in `lab.damaged-…`. A restore that returned is there."""
+    damaged = asyncio.run(make_damaged(tmp_path / "damaged"))
+    dice, restored = random.Random(1), 0
+
+    async def restore_and_cut(directory: Path, delay: float) -> bool:
+        restoring = asyncio.create_task(restore_state("lab", FileStorage(directory), 2, into="lab"))
+        await asyncio.wait([restoring], timeout=delay)
+        has_returned = restoring.done() and restoring.exception() is None
+        await asyncio.to_thread(disk.cut)
+        with contextlib.suppress(StorageError):
+            await restoring
+        return has_returned
+
+    for cycle in range(CYCLES):
+        disk.mount(dice.choice(OPTIONS[disk.kind]))
+        directory = Path(shutil.copytree(tmp_path / "damaged", disk.point / f"state-{cycle}"))
+        is_synced = cycle % 2 == 0
+        if is_synced:
+            os.sync()
+        has_returned = asyncio.run(restore_and_cut(directory, dice.random() * LONGEST_LIFE if cycle % 3 else 60))
+        disk.unmount()
+        disk.mount("defaults")
+        if has_returned:
+            view = asyncio.run(read_state("lab", FileStorage(directory)))
+            assert asyncio.run(view.get("number")) == 0
+        if has_returned or is_synced:
+            for name, data in damaged.items():
+                places = [directory / name, *directory.glob(f"lab.damaged-*/{name}")]
+                assert any(path.exists() and path.read_bytes() == data for path in places)
+        restored += has_returned
+        disk.unmount()
+    sys.stdout.write(
+        f"{CYCLES} power cuts of {disk.kind} during a restore, {restored} after it: no damaged file was lost\n"
+    )
+    assert restored
 
 
 @pytest.mark.timeout(60 + 10 * CYCLES)
