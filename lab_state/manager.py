@@ -245,9 +245,7 @@ class Manager(Scope, BackedUp):
         session = await opened(self._storage, self._config, self._clock, self._logger)
         try:
             state = loaded(session, self._config.name, self._clock, self._logger, began)
-            found = session.recovery
-            is_new = found.snapshot is None and not found.records
-            committed = await self._schema_start().use(state, session, is_new=is_new)
+            committed = await self._schema_start().use(state, session, is_alone=True)
             self._run(state, session, committed)
         except BaseException:
             await session.aclose()

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
+from msgspec import Raw
+
 from lab_state._arguments import name_of
 from lab_state._buffers import join_in_steps
 from lab_state._clock import Clock
 from lab_state._codec import encode_record, encode_small_record
-from lab_state._entries import Versions
+from lab_state._entries import Expiring, Json, Versions
 from lab_state._foreign import only_storage_errors
 from lab_state._log import Log
 from lab_state._migrations._chain import migrate, misfits, unfit
@@ -24,7 +26,7 @@ from lab_state._migrations._versions import Step, Stored, decide
 from lab_state._snapshots import SnapshotViews
 from lab_state._state import State
 from lab_state.exceptions import SchemaError
-from lab_state.storage._protocol import StorageSession, figures_of
+from lab_state.storage._protocol import StorageSession, figures_of, forget_recovery
 
 
 class Committed(NamedTuple):
@@ -69,13 +71,13 @@ class SchemaStart(NamedTuple):
         stored = Stored(state.versions, is_new=False, wall=state.written_at, path=session.path)
         decide(stored, self.schema, may_migrate=False)
 
-    async def use(self, state: State, session: StorageSession, *, is_new: bool) -> Committed | None:
+    async def use(self, state: State, session: StorageSession, *, is_alone: bool) -> Committed | None:
         """Check that the code may use a loaded state, and migrate the state if it is older. Return the commit of the migration.
 
         Args:
             state: The loaded state. It is not shown to others yet. After an error it must be dropped.
             session: The session of the storage.
-            is_new: Whether the state was found without any change.
+            is_alone: Whether the state is not shared. Then a migration frees the memory of the recovery.
 
         Raises:
             SchemaError: The code cannot use the state, or must not migrate it. Or a value has an unknown member.
@@ -83,17 +85,18 @@ class SchemaStart(NamedTuple):
             StorageError: The commit failed.
         """
         schema = self.schema
+        is_new = session.recovery.snapshot is None and not session.recovery.records
         stored = Stored(state.versions, is_new, state.written_at, session.path)
         step = decide(stored, schema, may_migrate=self.may_migrate)
         if step is Step.MIGRATE:
-            return await self._migrate(state, session)
+            return await self._migrate(state, session, is_alone=is_alone)
         if step is Step.SET:
             state.versions, state.versions_at = schema.versions, state.revision + 1
         if schema.strict:
             await self._check(state)
         return None
 
-    async def _migrate(self, state: State, session: StorageSession) -> Committed:
+    async def _migrate(self, state: State, session: StorageSession, *, is_alone: bool) -> Committed:
         before, began = state.versions.schema, self.clock.monotonic()
         schema, name = self.schema, self.name
         self.logger.info("%s: migrates from version %d of the schema to version %d", name, before, schema.version)
@@ -116,6 +119,11 @@ class SchemaStart(NamedTuple):
                 if found is not None:
                     raise unfit(found, name, schema.version) from None
                 await asyncio.sleep(0)
+        if is_alone and 2 * count > len(
+            state.entries
+        ):  # the owner of a shared state needs the records for other processes
+            copy_loaded(state)
+            forget_recovery(session)
         committed = await commit(state, session, schema.versions)
         self.logger.info(
             "%s: migrated from version %d of the schema to version %d in %.3f s: %d keys changed; the change is revision %d, "
@@ -147,6 +155,17 @@ class SchemaStart(NamedTuple):
                     f"`{found.path}`; change the type, or add a migration. The state was left untouched"
                 )
             await asyncio.sleep(0)
+
+
+def copy_loaded(state: State) -> None:
+    """Copy the values that are views of the loaded buffer, so that its memory becomes free before the commit needs more."""
+    entries = state.entries
+    for key, stored in entries.items():
+        value = stored.value if isinstance(stored, Expiring) else stored
+        if isinstance(value, Raw):
+            copy = Json(bytes(value))
+            entries[key] = Expiring(copy, stored.at) if isinstance(stored, Expiring) else copy
+    state.borrowed = False
 
 
 async def commit(state: State, session: StorageSession, versions: Versions) -> Committed:

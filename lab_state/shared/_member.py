@@ -266,9 +266,7 @@ class Member(SharedCopy):
 
     async def _use_schema(self, session: SharedSession) -> Committed | None:
         """Migrate the state, if it is older than the code. Other processes wait meanwhile."""
-        found = session.recovery
-        is_new = found.snapshot is None and not found.records
-        committed = await self._around.schema.use(self.state, session, is_new=is_new)
+        committed = await self._around.schema.use(self.state, session, is_alone=False)
         self.durable_revision = self.state.revision
         return committed
 

@@ -113,6 +113,21 @@ def figures_of(session: object) -> HistoryFigures | None:
     return session.history if isinstance(session, HistoryKeeper) else None
 
 
+@runtime_checkable
+class Forgetter(Protocol):
+    """A session that can free the memory of its recovery."""
+
+    def forget_recovery(self) -> None:
+        """Drop the snapshot and the records of the recovery. They must have been loaded, or are no longer needed."""
+        ...
+
+
+def forget_recovery(session: object) -> None:
+    """Free the memory of the recovery of a session. Sessions of other packages keep theirs until the first checkpoint."""
+    if isinstance(session, Forgetter):
+        session.forget_recovery()
+
+
 def _sizes(snapshot: bytes | None, records: tuple[bytes, ...]) -> str:
     found = "no snapshot" if snapshot is None else f"a snapshot of {len(snapshot)} bytes"
     return f"{found} and {len(records)} records"

@@ -335,6 +335,10 @@ class FileSession:
         self._check_open()
         await self._commits.run(self._writer.commit, record, full)
 
+    def forget_recovery(self) -> None:
+        """Free the memory of the recovery; see `Forgetter`."""
+        self.recovery = self.recovery.used()
+
     async def whole(self) -> Recovery:
         """Return the recovery with the snapshot; see `SharedSession.whole`."""
         if self.recovery.snapshot is None and self._writer.base != NO_BASE:  # the snapshot was left out
@@ -386,7 +390,7 @@ class FileSession:
             base = journal.base_of(counted.size, counted.crc)
             await self._run(thread, writer.prepare, upcoming, base, since)
             await self._run(self._commits, writer.publish, new.path, upcoming, counted.size, since, generation)
-            self.recovery = self.recovery.used()
+            self.forget_recovery()
         finally:
             writer.since = None
             if self._closing is None:  # otherwise `_close` calls `_tidy`

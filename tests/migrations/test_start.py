@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from pydantic import TypeAdapter
+from running import flusher_of
 
 from lab_state import (
     Config,
@@ -29,6 +30,7 @@ from lab_state import (
     restore_state,
 )
 from lab_state._codec import decode_snapshot
+from lab_state._entries import Expiring
 from lab_state._loading import load
 from lab_state._migrations import ANY
 from lab_state.testing import FaultyStorage, ManualClock
@@ -393,6 +395,26 @@ async def test_a_strict_schema(storage: Storage) -> None:
         await state.set("users/ann", {"first": "Ann", "last": "B", "name": "Ann B"})
     with pytest.raises(SchemaError, match=r"'users/ann' in 'people' does not fit the strict schema: .* at `\$.name`"):
         await Manager("people", storage, schema=strict).start()
+
+
+async def test_the_loaded_bytes_are_freed(tmp_path: Path, clock: ManualClock) -> None:
+    """A migration of most keys copies the other values, so that no value keeps the loaded bytes in memory."""
+    storage = FileStorage(tmp_path)
+    async with Manager("people", storage, clock=clock) as state:
+        await state.set_many(OLD)
+        await state.set("session", [1], ttl=100)
+    schema = Schema(2)
+    schema.migration(to=2)(lambda draft: draft.set_many({"a": [1], "b": [2], "c": [3], "n": 2}))
+    async with Manager("people", storage, clock=clock, schema=schema) as state:
+        kept = state._core.state
+        assert not kept.borrowed
+        values = [stored.value if isinstance(stored, Expiring) else stored for stored in kept.entries.values()]  # type: ignore[union-attr]
+        assert msgspec.Raw not in map(type, values)
+        assert flusher_of(state)._session.recovery.snapshot is None
+        assert await state.get_all() == {**OLD, "a": [1], "b": [2], "c": [3], "n": 2, "session": [1]}
+        assert await state.expires_in("session") == 100
+    async with Manager("people", storage, clock=clock, schema=schema) as state:
+        assert (len(state), state.revision) == (7, 3)
 
 
 async def test_a_large_state(monkeypatch: pytest.MonkeyPatch) -> None:

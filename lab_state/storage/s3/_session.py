@@ -172,6 +172,10 @@ class S3Session:
         finally:
             self._spooling.set_result(None)
         await asyncio.shield(self._publishing)
+        self.forget_recovery()
+
+    def forget_recovery(self) -> None:
+        """Free the memory of the recovery; see `Forgetter`."""
         self.recovery = self.recovery.used()
 
     async def _spooled(self, spool: Spool, slices: AsyncIterator[bytes], stamp: Stamp) -> Body:
