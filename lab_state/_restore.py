@@ -78,7 +78,8 @@ async def restore_state(
         LockedError: A manager runs on the state that would be replaced. Stop it first, in all processes that share the state.
         CorruptionError: The generation that has the moment is damaged. Nothing was changed: restore another moment.
         UnsupportedError: There is no such state, or the storage keeps no history, or a permission is missing, or a newer
-            version of lab_state wrote the state.
+            version of lab_state wrote the state. Or the file system has no hard links for a restore in place: restore into
+            another name.
         UnavailableError: The storage failed this time. See above for the state after that.
     """
     name, target = Config(name=name).name, Config(name=into).name
