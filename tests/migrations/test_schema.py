@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lab_state import Manager, MemoryStorage, MigrationDraft, Schema
+from lab_state import Manager, MemoryCache, MemoryStorage, MigrationDraft, Schema, read_state
 from lab_state._entries import Versions
 
 
@@ -138,6 +138,15 @@ def test_a_gap() -> None:
         Manager("gap", MemoryStorage(), schema=schema)
     with pytest.raises(TypeError, match="schema must be a Schema, not int"):
         Manager("gap", MemoryStorage(), schema=3)  # type: ignore[arg-type]
+
+
+async def test_a_reader_has_no_schema() -> None:
+    """Only a manager migrates. A call that reads a state or a mirror refuses a schema, as any unknown argument."""
+    schema: dict[str, Any] = {"schema": Schema(1)}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'schema'"):
+        MemoryCache().reader("gap", **schema)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'schema'"):
+        await read_state("gap", MemoryStorage(), **schema)
 
 
 def test_the_migrations_after_a_version() -> None:
