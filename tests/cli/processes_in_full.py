@@ -43,10 +43,13 @@ def shell(
     line: str, place: Path, env: dict[str, str] | None = None, given: bytes = b""
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a line of sh. In it, `lab-state` is the command."""
-    function = f'lab-state() {{ {shlex.join(LAB_STATE)} "$@"; }}\n'
+    program = place.parent / "lab-state"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(LAB_STATE)} "$@"\n')
+    program.chmod(0o755)
+    more = {"PATH": f"{place.parent}:{os.environ['PATH']}", **editor(place), **(env or {})}
     return subprocess.run(
-        ["sh", "-c", function + line], cwd=place, input=given, capture_output=True, check=False, timeout=100,
-        env={**os.environ, **editor(place), **(env or {})},
+        ["sh", "-c", line], cwd=place, input=given, capture_output=True, check=False, timeout=100,
+        env={**os.environ, **more},
     )  # fmt: skip
 
 
@@ -128,7 +131,8 @@ async def test_locales(template: Path, tmp_path: Path, env: dict[str, str]) -> N
     for name, case in CASES.items():
         await asyncio.to_thread(fresh, template, place)
         done = await asyncio.to_thread(shell, f"lab-state {shlex.join(case.arguments)}", place, env, case.given)
-        assert done.returncode == case.code, (name, done)
+        # An argument that this locale does not have is no key. It is never taken for another one.
+        assert done.returncode == (1 if name == "get" and env is C_LOCALE else case.code), (name, done)
         if case.writes:
             await check_whole(name, place, is_done=True)
     for name in cli.commands:
