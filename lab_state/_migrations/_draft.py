@@ -50,7 +50,7 @@ class StateDraft(Draft):
     def merge(self) -> int | None:
         """Apply all changes to the base, as `Draft.merge` does. The base keeps the dict of the changes, so it makes no copy."""
         if self._only_values and not self.base.changes:
-            self.base.changes = self.changes
+            self.base.changes = self.changes  # to update a dict with itself takes no time
         return super().merge()
 
     def pieces(self, low: str, high: str | None) -> list[Chunk]:
