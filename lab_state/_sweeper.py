@@ -1,8 +1,8 @@
 """The sweeps, which delete expired keys. One timer serves all keys. Each sweep deletes up to 500 keys.
 
-One sweep per second is enough, because no read returns an expired key. If a sweep leaves keys that
-are due, the next sweep follows at once. While there is a watch, the timer also fires when the next
-key is due. So the watch reports the expiry in time.
+One sweep per second is enough, because no read returns an expired key. If a sweep reaches its limit of
+500 keys, the next sweep follows at once. While there is a watch, the timer also fires when the next
+key is due. So the watch reports the expiry on time.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from lab_state._clock import Clock, Timer
 from lab_state._state import State
 
 _PERIOD = 1.0
-"""The longest wait of the timer, in seconds. Without a watch, each wait is this long, unless keys that are due are left."""
+"""The longest wait of the timer, in seconds. Without a watch, each wait is this long, unless the last sweep has reached its limit."""
 
 SWEPT_AT_START = 100_000
-"""The largest number of expired keys that a manager deletes at its start, as one change."""
+"""The largest number of expired keys that one change deletes at a start.
+
+If the state is not shared, a start makes such changes until no expired key is left. In a shared state, it makes one such change.
+"""
 
 _KEYS_PER_STEP = 500
 _GAP = 0.02
@@ -44,12 +47,13 @@ class Sweeper:
         Args:
             state: The state.
             clock: The clock of the manager.
-            busy: A function that returns True while no sweep may run: a transaction is open, or no change can become
-                durable. When this may have changed, `resume` is called.
+            busy: A function that returns True while no sweep may run. If the state is not shared, this is while a transaction
+                is open, or no change can become durable. In a shared state, this is while the last sweep is not durable, or
+                a call is executed in steps. `resume` is called when such a transaction, commit or call has ended.
             swept: A callback. It is called after each sweep that deleted keys.
             begun: A callback. It is called when a key gets an expiry, if no other key has one.
             layer: The state that a sweep changes; by default `state`. In a shared state, this is the `OwnerLayer`, and
-                `state` is the copy below it. Then `busy` also returns True while the last sweep is not durable.
+                `state` is the copy below it.
         """
         self._state = state
         self._layer = state if layer is None else layer
@@ -82,9 +86,10 @@ class Sweeper:
     def resume(self) -> None:
         """Run the sweep that was postponed, if there is one.
 
-        This is called when `busy` may no longer return True: at the end of each transaction, before the next one begins. In
-        a shared state, it is also called after each commit, and after each call in steps. A sweep that waited for the timer
-        instead could find an open transaction each time.
+        This is called when `busy` may return False again. If the state is not shared, this is at the end of each transaction,
+        before the next one begins. In a shared state, this is after each successful commit, and after each call that was
+        executed in steps or has waited for such a call. A sweep that waited for the timer instead could find `busy` True
+        each time.
         """
         if self._put_off:
             self._tick()
@@ -100,8 +105,8 @@ class Sweeper:
     def _look_ahead(self) -> None:
         """Set the timer. While there is a watch, first put the keys that expire in the next seconds into the heap of `Expiries`.
 
-        One call puts at most 500 of the keys that expire in the same second there. If keys are left, the timer fires at
-        once, and the next call goes on.
+        For each second, one call adds at most 500 keys to the heap. If keys are left, the timer fires at once, and the
+        next call goes on.
         """
         self._looking_ahead = True
         try:

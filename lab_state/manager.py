@@ -200,8 +200,8 @@ class Manager(Scope, BackedUp):
             RuntimeError: The manager is running already, another start or stop is under way, or the event loop is not asyncio's.
             LockedError: Another writer still holds the state after `Config.lock_timeout` seconds. The message names that writer.
                 If it is a manager of this process, the message also says where its `start()` was called. Stop that manager
-                first. In a shared state: the holder of the lock does not share the state, or no connection to the holder
-                could be made for `Config.owner_timeout` seconds.
+                first. In a shared state: the holder of the lock does not share the state. Or for `Config.owner_timeout` seconds,
+                the holder accepted no connection, or closed each connection without an answer.
             CorruptionError: The stored state is damaged. Nothing was changed. If the storage has a history, the message names
                 the newest good generation, and the call of `restore_state` that restores it.
             UnavailableError: The state could not be read this time, or the owner of a shared state gave no sign of life for

@@ -13,7 +13,7 @@ from lab_state.storage._fs_socket import OwnSocket
 from lab_state.storage._lock import LockHolder
 
 _SOON, _SOON_FOR = 0.001, 0.1
-"""Seconds. After the end of an owner, a process with a copy tries again each `_SOON` seconds, for `_SOON_FOR` seconds."""
+"""Seconds. After the end of an owner, a process with a copy tries again every `_SOON` seconds, for `_SOON_FOR` seconds."""
 
 _LATER = 0.01
 """Seconds. After the end of an owner, a process without a copy waits this long. So processes with a copy can take the lock first."""
@@ -22,20 +22,19 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
 """The first and the longest pause between two attempts in all other cases, in seconds. Each pause is twice as long as the one before."""
 
 _BELIEVED_AFTER = 0.5
-"""Seconds. A lock file may name an owner that cannot be followed. It counts only if it has been the same for this time.
-
-Before that, the file may still have the content of an earlier holder.
+"""Seconds. A lock file may name an owner that cannot be followed. A start fails for this reason only if the content of the file has
+been the same for this time. Before that, the content may be that of an earlier holder.
 """
 
 _BELIEVED_ATTEMPTS = 3
-"""The lock file must also have been the same in this many attempts."""
+"""The content of the lock file must also have been the same in this many attempts."""
 
 
 class Election:
-    """One search of a process for its role, from its start or the end of its owner.
+    """One search of a process for its role. It begins at the start of a manager, or when a connection to an owner has ended.
 
     Attributes:
-        why: The reason why there is no owner. It names the holder of the lock, if there is one.
+        why: The reason why this process has no role yet. If another process holds the lock, it names that process.
     """
 
     def __init__(self, files: SharedFiles, name: str, clock: Clock, owner_timeout: float) -> None:
@@ -60,7 +59,7 @@ class Election:
         """Note that the connection that `role` returned has ended.
 
         Args:
-            greeted: Whether an owner has answered on this connection. Then the time limit and the pauses begin again.
+            greeted: Whether an owner has answered on this connection. If so, the time limit and the pauses begin again.
             has_copy: Whether this process has a copy.
         """
         if greeted:
@@ -76,8 +75,9 @@ class Election:
             has_copy: Whether this process has a copy. Without one, the search has a time limit: `owner_timeout`.
 
         Raises:
-            LockedError: The holder of the lock does not share the state, or did not answer for `owner_timeout` seconds.
-                This is raised only without a copy.
+            LockedError: The holder of the lock does not share the state. Or for `owner_timeout` seconds, no connection could be
+                made, or each connection ended before an owner answered. This is raised only without a copy. A holder that
+                accepts the connection and stays silent does not lead to this error; see `Follower.limit_silence`.
             UnsupportedError: The files or the socket cannot be used. Without a copy, this is also raised if the holder
                 runs on another machine.
             UnavailableError: The files or the socket cannot be used at present.
@@ -89,9 +89,11 @@ class Election:
                 return await self._files.claim(self._name, PROTOCOL)
             except LockedError as error:
                 locked = error
-            self.why = str(locked)
+            self.why = f"{locked}, and that process has not answered"
             if not has_copy and self._clock.monotonic() - self._since >= self._owner_timeout:
-                raise _placed(LockedError(f"{locked}; tried for {self._owner_timeout:g} s"), locked)
+                remedy = "wait until that process has started or ended, or stop it"
+                unanswered = f"{locked}, and no process has answered for {self._owner_timeout:g} s: {remedy}"
+                raise _placed(LockedError(unanswered), locked)
             if (connected := await self._files.connect(self._name)) is not None:
                 return connected
             holder = await self._files.holder(self._name)
@@ -116,9 +118,9 @@ def _placed(error: StorageError, locked: LockedError) -> StorageError:
 
 
 class _Doubts:
-    """The last lock file in one search that named an owner which cannot be followed.
+    """The last content of the lock file in one search, if it names an owner that cannot be followed.
 
-    Such a file may have the content of an earlier holder.
+    Such a content may be that of an earlier holder.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -128,14 +130,14 @@ class _Doubts:
         self._times = 0
 
     def add(self, seen: LockHolder | None) -> None:
-        """Note the lock file of an attempt; `None` if it names an owner that can be followed, or no owner."""
+        """Note the content of the lock file in an attempt; `None` if it names an owner that can be followed, or no owner."""
         if seen is None or seen != self._seen:
             self._seen, self._since, self._times = seen, self._clock.monotonic(), 0
         self._times += 1
 
     @property
     def are_over(self) -> bool:
-        """Whether the lock file has been the same in enough attempts, and for enough time. Then its content is not that of an earlier holder."""
+        """Whether the content has been the same in enough attempts, and for enough time. If so, it is taken as that of the present holder."""
         return (
             self._seen is not None
             and self._times >= _BELIEVED_ATTEMPTS

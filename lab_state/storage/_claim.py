@@ -58,10 +58,10 @@ class Listener:
             return not self._is_closed and not lookup.is_file(self.address.path, self._identity)
 
     def replace(self, own: OwnSocket) -> bool:
-        """Bind another new socket, and return True. The replaced socket stays open. After `close`, only close the new one, and return False.
+        """Bind `own`, a new socket, and return True. The replaced socket stays open. After `close`, only close `own`, and return False.
 
         Raises:
-            StorageError: See `_fs_socket.bind`. The new socket is closed.
+            StorageError: See `_fs_socket.bind`. `own` is closed.
         """
         with self._turn:
             try:
@@ -83,9 +83,9 @@ class Listener:
 
 
 class Claim:
-    """A shared state whose lock this process holds. The process listens at the socket. The state may not be loaded yet.
+    """A shared state whose lock this process holds. The process listens at the socket. The state is possibly not loaded yet.
 
-    Other processes can connect from now on. They wait until the caller accepts the connections.
+    Other processes can connect as soon as the claim exists. They wait until the user of the claim accepts the connections.
 
     Attributes:
         holder: This process, as the lock file names it.
@@ -122,7 +122,7 @@ class Claim:
         Without `whole`, the snapshot may be left out of the recovery. A process that has a copy of the state seldom needs it.
 
         `aclose` of the session deletes the socket file, closes the listening socket and releases
-        the lock, in this order. A failed or cancelled call does the same before it raises an error.
+        the lock, in this order. If `load` fails or is cancelled, it does the same before it raises the error.
 
         Raises:
             StorageError: See `Storage.open`. A `LockedError` is never raised.
@@ -137,7 +137,8 @@ class Claim:
 
         Return `None` if the file is still there, or if the claim was released. The caller accepts
         connections at the new socket, and closes the old one. The connections that it accepted
-        before are not affected. After a cancellation, `listener` is the socket that is bound.
+        before are not affected. If the caller is cancelled, the thread may still bind the new socket.
+        From then on, `listener` returns it.
 
         Raises:
             FencedError: The lock is lost, and another process may be the owner. Nothing was bound.

@@ -61,7 +61,6 @@ _REMEDY = (
     "stop that writer first, use another name for this state, or let processes of one machine share it with "
     "Config(shared=True) in each of them"
 )
-_SHARED_REMEDY = "no connection to that process could be made: wait until it has started or ended, or stop it"
 
 
 class Lock:
@@ -85,7 +84,8 @@ class Lock:
 
         Args:
             path: The path of the lock file. A missing file is created.
-            shared: Whether the caller shares the state. This changes only the text of an error.
+            shared: Whether the caller shares the state. If so, the text of a `LockedError` ends with the holder, because
+                the caller knows what to do.
 
         Raises:
             LockedError: Another process, or another lock of this process, has the lock.
@@ -101,7 +101,7 @@ class Lock:
         self.before_release: Callable[[], None] | None = None
         self._telling = threading.Lock()
         self._sharing: tuple[int, str, str] = (0, "", "")
-        self._remedy = _SHARED_REMEDY if shared else _REMEDY
+        self._remedy = "" if shared else f": {_REMEDY}"
         self._since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._opening = True
         forks.disown_in_children(self)  # this comes before the file is opened, because a fork can happen at any time
@@ -122,7 +122,7 @@ class Lock:
 
     def _acquire(self) -> None:
         if not fs.try_lock(self._fd, self.path):
-            raise LockedError(f"{self.path} is locked by {self._who()}: {self._remedy}")
+            raise LockedError(f"{self.path} is locked by {self._who()}{self._remedy}")
         _ours[self._identity] = self
         said = fs.read_lock(self._fd, self.path)
         self.is_new, self.left = not said, self._left(said)
