@@ -146,6 +146,7 @@ async def test_a_file_of_another_program(tmp_path: Path) -> None:
     (tmp_path / "state" / "shop.json").write_text(json.dumps({"a": {"b": [1, 2]}, "c": 1}, indent=4))
     lines = (await world.run("dump", "--nl", world.state)).lines
     assert lines == [{"key": "a", "value": {"b": [1, 2]}, "expires": None}, {"key": "c", "value": 1, "expires": None}]
+    assert (await world.run("dump", world.state)).out == '{"a":{"b":[1,2]},\n"c":1}\n'
     assert (await world.run("get", f"{world.state}.json", "a")).out == '{"b":[1,2]}\n'
     seen = (await world.run("get", "--json", world.state, "a")).json
     assert (seen["revision"], seen["wall"]) == (0, None)
