@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lab_state._journal import ANY_BASE
 from lab_state.storage._generations import HistoryFile, Moment, StoredGeneration, grouped, lives
 from lab_state.storage._limits import Held, Limits, to_prune
 
@@ -47,9 +48,14 @@ def _replaced(sizes: Mapping[HistoryFile, int], in_use: InUse) -> list[StoredGen
     return sorted(found, key=lambda one: (life(Moment(one.first, one.wall)), *_age(one)))
 
 
-def _age(one: StoredGeneration) -> tuple[int, int, int]:
-    """Return a key that is smaller for an older generation of one life. Two snapshots may have the same revision and the same time."""
-    return one.first, one.wall, max((file.wall for file in one.journals), default=0)
+def _age(one: StoredGeneration) -> tuple[int, bool, int, int]:
+    """Return a key that is smaller for an older generation of one life. Several generations may begin with the same revision.
+
+    Of these, only the newest one has later records. So a snapshot with a journal is newer than a journal with the whole state, whose
+    checkpoint has written that snapshot, and newer than a snapshot without a journal. The clock may have been set back in between.
+    """
+    is_alone = not one.journals or one.files[0].base == ANY_BASE
+    return one.first, not is_alone, one.wall, max((file.wall for file in one.journals), default=0)
 
 
 def _is_in_use(one: StoredGeneration, in_use: InUse) -> bool:

@@ -249,7 +249,7 @@ def _allowed(
         if not kept:
             break
         # The moments of the oldest one end at the first later time that has passed by now.
-        later = [*(_age(files)[1] for files in kept[1:]), in_use.wall]
+        later = [*(_age(files)[2] for files in kept[1:]), in_use.wall]
         is_old = min([wall for wall in later if 0 < wall <= now][:1], default=now) < now - limits.length
         is_large = (
             limits.most_bytes is not None and sum(sizes[one] for files in kept for one in files) > limits.most_bytes
@@ -270,11 +270,12 @@ def _generations(sizes: Iterable[HistoryFile], in_use: InUse) -> list[set[Histor
     return sorted(kept, key=_age)
 
 
-def _age(files: set[HistoryFile]) -> tuple[int, int, int]:
-    """Return a key that is smaller for an older generation: its revision, its time, and the time of its journal."""
+def _age(files: set[HistoryFile]) -> tuple[int, bool, int, int]:
+    """Return a key that is smaller for an older generation: its revision, whether it has later records, its time, and that of its journal."""
     walls = [file.wall for file in files if file.is_snapshot]
     later = [file.wall for file in files if not file.is_snapshot]
-    return min(file.first for file in files), min(walls or later), max(later, default=0)
+    has_records = bool(later) and (bool(walls) or any(file.base == NO_BASE for file in files))
+    return min(file.first for file in files), has_records, min(walls or later), max(later, default=0)
 
 
 def _name(file: HistoryFile | InUse) -> str:

@@ -93,6 +93,17 @@ def test_a_journal_without_its_snapshot_goes() -> None:
     assert deleted(sizes, added=0) == Deletions((journal(1),), ())
 
 
+def test_generations_with_the_same_first_revision() -> None:
+    """The one with later records is the newest. The clock was set back after the others were made."""
+    whole = journal_file(5, 900, ANY_BASE, "a" * 16)
+    alone = snapshot_file(5, 800, "7-00000007")
+    with_records = {snapshot(5, wall=10): 10, journal(5): 20}
+    sizes = {**with_records, alone: 10, whole: 10}
+    assert deleted(sizes, most_bytes=40) == Deletions((), (alone,))
+    assert deleted(sizes, most_bytes=30) == Deletions((whole,), (alone,))
+    assert deleted(sizes, most_bytes=1) == Deletions((whole, journal(5)), (alone, snapshot(5, wall=10)))
+
+
 def test_revisions_that_began_again() -> None:
     """The generations of a removed state are older than those of a new one with the same name, although their revisions are higher."""
     old = {snapshot_file(number, number, f"1-{number:08d}"): 10 for number in (57, 80)}
