@@ -351,7 +351,7 @@ class Engine(Generic[C]):
         return calls.delete_many(call.keys) if isinstance(call, DeleteMany) else calls.delete_all(call.prefix)
 
     def _store(self, call: SetMany | SetIfAbsent) -> bool | None:
-        """Store values. The client has checked them, so they are not checked again."""
+        """Store values. They are not checked again, because the client or `ValueChecks` has checked them."""
         layer, ttl = self._layer, call.ttl
         if isinstance(call, SetIfAbsent) and layer.has(call.key):
             return False

@@ -5,7 +5,7 @@ the changes of the commit under way. The top one has the newer changes. `take` m
 the middle map. When the commit is durable, two things happen in one step: the record is applied to the copy, and `landed`
 empties the middle map. If the commit failed, `put_back` merges the middle map and the top map.
 
-Only calls of the owner read the layer. All other reads use the copy.
+Only the calls that the owner executes read the layer. They may come from other processes. All other reads use the copy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class OwnerLayer(Layered):
     """The changes of an owner that are not durable, over its copy.
 
     `changes` has the changes that no commit has taken. `revision` is the revision of the last change. A `Flusher`
-    and `Calls` use this object like a `State`, with four exceptions. It has no views, no calls in steps and no index,
+    and `Calls` use this object like a `State`, with four exceptions. It has no views, no staged changes and no index,
     and it does not count values. The copy counts the values.
 
     Attributes:
@@ -45,7 +45,7 @@ class OwnerLayer(Layered):
         self._middle = Layered(copy)
         # Whether any changed key expires: in the top map, and in the middle map. The layer has no index of expiries.
         self._has_times = self._middle_has_times = False
-        self._swept_at = 0  # the revision of the layer at the last sweep
+        self._swept_at = 0  # the revision of the layer after the last sweep; 0 if that sweep found no key
         super().__init__(self._middle)
         self.skip_to(copy.revision)
         self.versions, self.versions_at = copy.versions, copy.versions_at

@@ -331,7 +331,8 @@ class Member(SharedCopy):
         first. So the last process that stops writes the checkpoint.
 
         Raises:
-            StorageError: Calls had no answer in time, the last flush failed, or this process has lost its state.
+            StorageError: Calls had no answer in time, or the last flush failed.
+            LabStateError: This process has lost its state. This is the error that every write has raised since then.
         """
         self._stopping = True
         deadline = self._clock.monotonic() + timeout

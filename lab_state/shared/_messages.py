@@ -202,7 +202,7 @@ class Ok(_Answer, frozen=True, tag="ok"):
 
 
 class Raised(_Answer, frozen=True, tag="raised"):
-    """The answer to a call that raised an error because of the stored value. The call changed nothing."""
+    """The answer to a call that raised an error because of the stored value or the new value. The call changed nothing."""
 
     revision: Count
     error: Literal["TypeMismatchError", "InvalidValueError"]
@@ -251,7 +251,7 @@ class Question(NamedTuple):
 
 
 class Expiries(NamedTuple):
-    """A message that says whether a client has a watch. If any client has one, the owner deletes each key exactly when it expires."""
+    """A message that says whether a client has a watch. If any client has one, the owner deletes keys when they are due, and not only once a second."""
 
     are_watched: bool
 

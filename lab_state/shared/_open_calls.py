@@ -6,9 +6,9 @@ many bytes. A call keeps its number when it is sent again. Each call, each sign 
 The acknowledgement is one less than the lowest open number, so it never covers a call that may be sent again.
 
 A call may have a check. The revision `since` of the check comes from the copy or from a refusal. A refusal
-may show changes that are not durable, and that are lost if the owner ends. So a check with the revision of a
+may show changes that are not durable, and that may be lost if the owner ends. So a check with the revision of a
 refusal is valid only on the connection of the refusal. On a later connection `NEVER` is sent in place of
-`since`. `NEVER` is also sent for each check that is sent again.
+`since`. `NEVER` is also sent for each check that is sent again, unless the owner has answered `Moved`.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ class Owner:
         await self._claim.release()
 
     def watched(self) -> None:
-        """Tell the sweeper whether this process or a follower has a watch. While one has, keys are deleted exactly at their expiry."""
+        """Tell the sweeper whether this process or a follower has a watch. While one has, keys are deleted when they are due, and not only once a second."""
         is_watched = bool(self._copy.watchers) or self.server.is_watched
         assert self._sweeper is not None  # `own` has created it
         if is_watched is not self._is_watched and not self._is_ending:

@@ -43,7 +43,7 @@ C_contra = TypeVar("C_contra", contravariant=True)
 
 
 class Listener(Protocol[C_contra]):
-    """The connections of the owner. The flusher calls these methods. After `closed`, the other methods do nothing."""
+    """The connections of the owner. The flusher calls these methods. After `closed`, no message is sent."""
 
     def record(self, data: bytes, /) -> object:
         """Put a durable record into the queue of each follower."""
@@ -75,7 +75,7 @@ class OwnerFlusher(Flusher, Generic[C]):
     Attributes:
         engine: The engine, which executes the calls.
         last_records: The last durable records, for clients that connect with a copy.
-        turn_ended: A callback. It is called when a call that was executed in steps has ended.
+        turn_ended: A callback. It is called when a call has ended that was executed in steps, or that has waited for such a call.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a different type

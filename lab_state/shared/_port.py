@@ -320,7 +320,7 @@ class SharedPort(DataCalls):
                 yield from encode_for_owner(made) if body is None else encode_large_call(made, body)
 
     def answers(self, answers: Iterable[Answer]) -> None:
-        """End the calls that were answered. The copy has already reached the revisions of the answers."""
+        """End the calls that were answered. A call with the answer `Moved` stays open. The copy has already reached the revisions of the answers."""
         for answer in answers:
             call = self.calls.find(answer.n)
             if call is None:  # the call has ended before its answer

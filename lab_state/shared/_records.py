@@ -178,7 +178,7 @@ class RecordApplier:
     """
 
     def __init__(self, copy: State) -> None:
-        """Prepare to change a copy. It must have no untaken changes."""
+        """Prepare to change a copy. The copy must have no untaken changes."""
         self.copy: State = copy
         self._prepared: tuple[ParsedRecord, Step | None] | None = None
 

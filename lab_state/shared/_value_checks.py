@@ -1,4 +1,4 @@
-"""The values of clients that have no schema, such as the command. The owner checks them against its own. Pure."""
+"""The check of the values of clients that have no schema, such as the command. The owner uses the types of its own schema. Pure."""
 
 from __future__ import annotations
 

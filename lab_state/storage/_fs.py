@@ -3,7 +3,7 @@
 All functions are synchronous, except `NewFile.write`. Functions that block run in a thread of the storage.
 Two rules hold:
 
-* A new file is written under a temporary name in the same directory, synced and renamed.
+* A new snapshot or journal is written under a temporary name in the same directory, synced and renamed.
   Then its directory is synced. No other step relies on the file before that.
 * A failed sync is never repeated. The kernel may have marked the pages as clean, and a second
   sync would then report success (Rebello et al., "Can Applications Recover from fsync

@@ -28,6 +28,7 @@ from lab_state import (
     UnavailableError,
     UnsupportedError,
 )
+from lab_state.shared._election import Election
 from lab_state.shared._messages import Hello, No, Starting
 from lab_state.shared._wire import encode_for_client, encode_for_owner
 from lab_state.storage import _file_start
@@ -246,6 +247,21 @@ async def test_processes_wait_while_the_owner_loads(tmp_path: Path, monkeypatch:
     assert (owner.role, one.role) == ("owner", "follower")
     await one.stop()
     await owner.stop()
+
+
+async def test_why_there_is_no_role(tmp_path: Path) -> None:
+    """The reason for calls that wait names the holder of the lock, and says that it has not answered. It gives no advice."""
+    shared = files_of(FileStorage(tmp_path))
+    claim = await shared.claim(NAME, 1)
+    claim.listener.close()
+    election = Election(shared, NAME, ManualClock(), 0.0)
+    with pytest.raises(LockedError):
+        await election.role(has_copy=False)
+    assert election.why == (
+        f"{tmp_path}/{NAME}.lock is locked by {claim.holder}, another manager in this process (was its stop() called?), "
+        "and that process has not answered"
+    )
+    await claim.release()
 
 
 async def test_an_owner_that_closes_connections(tmp_path: Path) -> None:
