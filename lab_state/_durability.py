@@ -248,6 +248,7 @@ class Durability:
         Raises:
             FencedError: A newer writer owns the state.
             UnavailableError: The flush task has ended. Only `stop()` can flush.
+            LabStateError: This process of a shared state has lost its state.
         """
         if self.refusal is not None:
             raise copied(self.refusal, "nothing was changed")

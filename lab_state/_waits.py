@@ -39,6 +39,8 @@ class Waits(Reads):
 
         Raises:
             UnavailableError: No owner gave a sign of life for `Config.owner_timeout` seconds. Call again.
+            LabStateError: In a shared state, this process has lost its state. The error is a `StorageError`, or a `SchemaError`
+                if another process has migrated the state. Fix the fault that the message names, and restart this process.
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
         """

@@ -66,7 +66,7 @@ class SchemaStart(NamedTuple):
         """Check that the code may use a state without a migration.
 
         Raises:
-            SchemaError: It may not.
+            SchemaError: Code of this version cannot read the state, or the state needs a migration.
         """
         stored = Stored(state.versions, is_new=False, wall=state.written_at, path=session.path)
         decide(stored, self.schema, may_migrate=False)

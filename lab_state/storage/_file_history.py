@@ -182,7 +182,7 @@ def _check_end(reading: Reading) -> None:
     """Check the checksum of a snapshot, if it has one.
 
     Raises:
-        CorruptionError: It is wrong.
+        CorruptionError: The checksum is wrong.
     """
     snapshot, crc = reading.snapshot or b"", reading.crc32
     claimed = journal.base_at_end(len(snapshot), snapshot[-SNAPSHOT_END_BYTES:])

@@ -1,6 +1,6 @@
 """Give a new file the owner, group, mode and access list of the file that it replaces.
 
-If this process may not set one of these, the new file has fewer permissions, never more. For
+If this process cannot set one of these, the new file has fewer permissions, never more. For
 example, if the process is not a member of the file's group, the permissions of the group are
 removed. The group of the process does not get them.
 """
@@ -31,7 +31,7 @@ def keep(fd: int, *replaced: str) -> None:
             setuid bit is not kept.
 
     Raises:
-        OSError: The replaced file cannot be looked up. If this process may not set one of the
+        OSError: The replaced file cannot be looked up. If this process cannot set one of the
             attributes, no error is raised.
     """
     found = _first(replaced)

@@ -29,7 +29,7 @@ R = TypeVar("R")
 _Work = Callable[[], None]
 
 _MOST = 32
-"""The largest number of threads of one storage object. An open state has two workers. So a state whose disk hangs blocks at most two threads."""
+"""The largest number of threads of one storage object. An open state has two workers, and a shared state has a third one in its owner. So an open state whose disk hangs blocks at most three threads."""
 
 _IDLE_SECONDS = 10.0
 """The seconds for which an idle thread waits for work. Starting a thread takes as long as a sync of a fast disk."""

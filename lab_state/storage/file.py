@@ -91,7 +91,7 @@ class FileStorage:
                 later has no effect on a running manager.
             create: Whether `start()` creates a missing state. With `False`, `start()` raises
                 `UnsupportedError` if there is neither a snapshot nor a journal, and creates
-                nothing. Use `False` for a volume that may not be mounted.
+                nothing. Use `False` for a volume that is sometimes not mounted.
             history: The time for which older snapshots and journals are kept, in seconds or as
                 a `timedelta`. The state at each moment of this time can be read or restored. The
                 files are in `<name>.history/`, with mode 0700. They are hard links, so they must be in
