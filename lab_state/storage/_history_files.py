@@ -276,8 +276,8 @@ def check_directory(paths: Paths) -> None:
     """Check that files can be linked into the directory of the history, if it is there.
 
     Raises:
-        UnsupportedError: It is not a directory, or it is on another device, or a permission is missing.
-        StorageError: It cannot be looked up.
+        UnsupportedError: The path is not a directory, or is on another device, or a permission is missing.
+        StorageError: The path cannot be looked up.
     """
     path = paths.history
     with translated("linking files into", path):
