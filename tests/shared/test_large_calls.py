@@ -324,6 +324,18 @@ async def test_a_large_call_at_a_planned_end(owner: Owner) -> None:
     assert await large(owner, set_many(1, dict.fromkeys(KEYS[:10], 1))) == Moved(1)
 
 
+async def test_a_stop_during_a_large_call(storage: FaultyStorage, clock: ManualClock, few: None) -> None:
+    """The last flush waits for the end of a call that has changed nothing so far, and includes its changes."""
+    owner = await open_owner(storage, clock)
+    call = large(owner, change(1, 0, KEYS[:1_000], dict.fromkeys(KEYS[:10], 1)))
+    await until(lambda: owner.flusher.is_busy)
+    assert not owner.layer.changes
+    owner.engine.is_ending = True
+    await owner.flusher.stop(8.0)
+    await call
+    assert keys_of_records(owner) == [set(KEYS[:10])]
+
+
 async def test_a_large_call_when_no_change_can_become_durable(
     storage: FaultyStorage, clock: ManualClock, few: None
 ) -> None:
