@@ -94,18 +94,25 @@ class Client:
         return is_admitted
 
     async def connect_again(self) -> bool:
-        """Connect to the next owner, which may not listen yet. Return whether there is one."""
+        """Connect to the next owner, which may not have the lock yet. Return whether there is one.
+
+        If the holder of the lock does not share the state, return False at once.
+        """
         end = self._clock.monotonic() + _NEXT
         while not await self.connect():
-            if self._clock.monotonic() >= end or not await self.may_appear():
+            if self._clock.monotonic() >= end or await self._is_holder_sharing() is False:
                 return False
             await asyncio.sleep(_AGAIN)
         return True
 
     async def may_appear(self) -> bool:
         """Return whether the holder of the lock shares the state on this machine. Then an owner listens soon."""
+        return await self._is_holder_sharing() is True
+
+    async def _is_holder_sharing(self) -> bool | None:
+        """Return whether the holder of the lock shares the state on this machine. Return `None` if the lock is not held."""
         holder = await self._files.holder(self._name)
-        return holder is not None and self._files.refusal(self._name, holder) is None
+        return None if holder is None else self._files.refusal(self._name, holder) is None
 
     def welcomed(self, welcome: Welcome) -> None:
         """Note the pid of the owner, and the revision and time of the state. The open call is sent on each connection."""

@@ -104,6 +104,31 @@ async def test_no_owner(tmp_path: Path) -> None:
     await client.aclose()
 
 
+async def test_an_owner_that_has_the_lock_later(tmp_path: Path) -> None:
+    """When an owner has ended, the lock may be free for a moment. The client waits for the next owner."""
+    client = Client(FileStorage(tmp_path), "shop")
+    async with owner(tmp_path) as first:
+        assert await client.connect()
+        first.kill()
+    again = asyncio.create_task(client.connect_again())
+    await asyncio.sleep(0)
+    async with Manager(Config(name="shop", shared=True), FileStorage(tmp_path)):
+        assert await again
+        await client.aclose()
+
+
+async def test_a_next_holder_that_does_not_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client does not wait for it."""
+    monkeypatch.setattr(_client, "_NEXT", 3600.0)
+    client = Client(FileStorage(tmp_path), "shop")
+    async with owner(tmp_path) as first:
+        assert await client.connect()
+        first.kill()
+    async with Manager("shop", FileStorage(tmp_path)):
+        assert not await client.connect_again()
+    await client.aclose()
+
+
 @pytest.mark.parametrize(
     ("says", "error"),
     [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "another program answers"), (b"", None)],
