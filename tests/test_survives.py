@@ -20,7 +20,7 @@ import attrs
 import msgspec
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lab_state import InvalidValueError, Manager, MemoryStorage, TypeMismatchError
@@ -358,6 +358,7 @@ def typed(depth: int = 2) -> st.SearchStrategy[Typed]:
 
 
 @pytest.mark.parametrize("make", [make for make in LIBRARIES.values() if make is not a_pydantic_dataclass])
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a draw takes seconds if other processes have the cores
 @given(data=st.data())
 def test_the_rule_holds_for_generated_classes(make: Callable[[dict[str, Any]], Any], data: st.DataObject) -> None:
     """What is accepted comes back equal; the rest is refused."""

@@ -112,7 +112,10 @@ class Client:
     async def _is_holder_sharing(self) -> bool | None:
         """Return whether the holder of the lock shares the state on this machine. Return `None` if the lock is not held."""
         holder = await self._files.holder(self._name)
-        return None if holder is None else self._files.refusal(self._name, holder) is None
+        if holder is None:
+            return None
+        # The first call in a process reads the boot id of the machine, which blocks.
+        return await asyncio.to_thread(self._files.refusal, self._name, holder) is None
 
     def welcomed(self, welcome: Welcome) -> None:
         """Note the pid of the owner, and the revision and time of the state. The open call is sent on each connection."""

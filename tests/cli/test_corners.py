@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,15 +88,19 @@ async def test_watch_by_way_of_the_next_owner(
     monkeypatch.setattr(output, "flush", lambda: None)
     async with owner(tmp_path) as first, Manager(Config(name="shop", shared=True), storage) as second:
         watching = asyncio.create_task(_watch._follow(storage, state, _watch._Printer(output, "", nl=False)))
-        while "watching" not in capsys.readouterr().err:  # noqa: ASYNC110 -- another process does it
-            await asyncio.sleep(0.01)
+
+        async def until(holds: Callable[[], bool]) -> None:
+            while not holds():
+                if watching.done():
+                    pytest.fail(f"watch has ended: {await watching}")
+                await asyncio.sleep(0.01)
+
+        await until(lambda: "watching" in capsys.readouterr().err)
         first.kill()
         await second.set("a", 5)
-        while b"set  a  5" not in b"".join(written):  # noqa: ASYNC110 -- another process does it
-            await asyncio.sleep(0.01)
+        await until(lambda: b"set  a  5" in b"".join(written))
         await second.set("b", 6)
-        while b"set  b  6" not in b"".join(written):  # noqa: ASYNC110 -- another process does it
-            await asyncio.sleep(0.01)
+        await until(lambda: b"set  b  6" in b"".join(written))
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
 
