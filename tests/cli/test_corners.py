@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import click
@@ -103,6 +104,22 @@ async def test_watch_by_way_of_the_next_owner(
         await until(lambda: b"set  b  6" in b"".join(written))
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_record_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next owner sends a record that was read from the files already. It is not printed again."""
+    output, lines = Output(), list[str]()
+    monkeypatch.setattr(output, "line", lines.append)
+    monkeypatch.setattr(output, "flush", lambda: None)
+    records: asyncio.Queue[bytes | None] = asyncio.Queue()
+    for number in (1, 2):
+        records.put_nowait(
+            b'{"from":%d,"to":%d,"clear":false,"set":{"a":%d},"delete":[],"expires":{}}' % (number - 1, number, number)
+        )
+    records.put_nowait(None)
+    client = cast("Client", SimpleNamespace(watch=lambda on_end: None))
+    assert await _watch._print_records(client, records, _watch._Printer(output, "", nl=False), 1) == 2
+    assert ["set  a" in line and line.endswith("2") for line in lines] == [True]
 
 
 async def test_records_that_a_checkpoint_has_dropped(

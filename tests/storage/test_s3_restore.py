@@ -187,7 +187,7 @@ async def test_a_state_without_a_snapshot(bucket: Bucket, clock: ManualClock, hi
 FAULTS = [lost, answer_lost, answers(500), done_but_answers(500), answers(503, "SlowDown")]
 
 
-@pytest.mark.parametrize(("part", "fault"), [*product(PARTS, FAULTS)][:: 1 if THOROUGH else 3])
+@pytest.mark.parametrize(("part", "fault"), [*product(PARTS, FAULTS)][:: 1 if THOROUGH else 6])
 async def test_a_restore_gets_through(
     bucket: Bucket, proxy: Proxy, clock: ManualClock, fault: Action, part: str
 ) -> None:
@@ -199,7 +199,7 @@ async def test_a_restore_gets_through(
     assert await values(bucket, clock, at=12) == model[12]
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", PARTS[:: 1 if THOROUGH else 2])
 @pytest.mark.parametrize("fault", [lost, answer_lost, answers(403, "AccessDenied")][: 3 if THOROUGH else 1])
 async def test_a_restore_that_fails(bucket: Bucket, proxy: Proxy, clock: ManualClock, fault: Action, part: str) -> None:
     """The state is the old one or the restored one. The old one is still in the history. A second call restores it."""
