@@ -29,6 +29,9 @@ A loaded scalar is a `Raw`, too. A read may replace it by the scalar, and a chec
 SCALARS = frozenset({str, int, float, bool, type(None)})
 """The classes of values that are stored unchanged."""
 
+JSON_CLASSES = frozenset({bytes, Raw})
+"""The classes of stored values that are JSON, and have to be decoded."""
+
 
 def size_of(stored: Value) -> int:
     """Return the approximate size of a value as JSON, in bytes. A character of a `str` counts as one byte."""

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any, Final, NamedTuple, cast
 
-from msgspec import Raw
-
-from lab_state._entries import SCALARS, Expiring, Stored, Value
+from lab_state._entries import JSON_CLASSES, SCALARS, Expiring, Stored, Value
 from lab_state._in_steps import Range
 from lab_state._not_json import NOT_JSON
 from lab_state._order import Chunk
@@ -28,9 +26,6 @@ _BYTES_IN_STEP = 32_768
 
 _FEW = 4
 """Fewer values than this are decoded one by one."""
-
-_JSON = frozenset({bytes, Raw})
-"""The classes of stored values that are JSON, and have to be decoded."""
 
 
 SKIPPED: Final = object()
@@ -187,7 +182,7 @@ class Pages:
         """Decode the first values of `_rest` in one call, and return them with their keys. Return `None` if this is not possible."""
         rest, size, count = self._rest, 0, 0
         for _, stored in reversed(rest):
-            if stored.__class__ not in _JSON or (size := size + len(cast("bytes", stored))) > _BYTES_IN_STEP:
+            if stored.__class__ not in JSON_CLASSES or (size := size + len(cast("bytes", stored))) > _BYTES_IN_STEP:
                 break
             count += 1
         if count < _FEW:
@@ -210,7 +205,7 @@ def _all_at_once(values: Sequence[Stored], type_: Any) -> list[Any] | None:
     kinds = set(map(type, values))
     if kinds <= SCALARS:
         return list(values)
-    if not kinds <= _JSON or sum(map(len, cast("Sequence[bytes]", values))) > _BYTES_IN_STEP:
+    if not kinds <= JSON_CLASSES or sum(map(len, cast("Sequence[bytes]", values))) > _BYTES_IN_STEP:
         return None
     try:
         decoded = decode_list(b"[%b]" % b",".join(cast("Sequence[bytes]", values)))

@@ -13,7 +13,7 @@ from msgspec import Raw
 
 from lab_state._arguments import check_prefix
 from lab_state._checking import Misfit, misfit_of
-from lab_state._entries import Expiring, Json, Stored, Value
+from lab_state._entries import JSON_CLASSES, Expiring, Json, Stored, Value
 from lab_state._models import path_of
 from lab_state._parts import shortened
 from lab_state._types import check_type, decode_json, decode_value
@@ -102,13 +102,9 @@ class Types:
             raise InvalidValueError(f"the value of {key!r} does not fit the schema: {wrong.expected}", wrong.path)
 
 
-_JSON = frozenset({bytes, Raw})
-"""The classes of stored values that are JSON."""
-
-
 def _all_fit(values: Sequence[Value], type_: Any) -> bool:
     """Return True if all values are known to be of a type. One call for many values takes less time than one for each."""
-    if set(map(type, values)) <= _JSON:
+    if set(map(type, values)) <= JSON_CLASSES:
         data = cast("Sequence[bytes]", values)
     else:
         data = [value if isinstance(value, bytes | Raw) else encode(value) for value in values]

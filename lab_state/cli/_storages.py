@@ -51,10 +51,10 @@ async def storage_to_write(target: Target, *, create: bool = False) -> Storage:
             return FileStorage(place.directory, create=create, history=LONGEST_TTL, history_bytes=None)
         return storage
     from lab_state.storage.s3 import S3Storage  # noqa: PLC0415 -- only a bucket needs it
-    from lab_state.storage.s3._keeping import has_history  # noqa: PLC0415 -- likewise
+    from lab_state.storage.s3._keeping import has_history  # noqa: PLC0415 -- only a bucket needs it
 
     assert isinstance(storage, S3Storage)
-    if await storage._run(target.name, has_history):  # noqa: SLF001 -- as `doctor` does
+    if await storage._run(target.name, has_history):  # noqa: SLF001 -- a storage has no public call for this
         return S3Storage(place.bucket, prefix=place.prefix, history=LONGEST_TTL, history_bytes=None)
     return storage
 

@@ -42,7 +42,10 @@ class Deletions(NamedTuple):
 
 
 def _replaced(sizes: Mapping[HistoryFile, int], in_use: InUse) -> list[StoredGeneration]:
-    """Return the generations of a history without the one in use, the oldest first. After a crash or a failed checkpoint, the history may have links to files in use."""
+    """Return the generations of a history without the one in use, the oldest first.
+
+    After a crash or a failed checkpoint, the history may have links to files in use.
+    """
     found = [one for one in grouped(sizes).generations if not _is_in_use(one, in_use)]
     life = lives([Moment(one.first, one.wall) for one in found], in_use.first)
     return sorted(found, key=lambda one: (life(Moment(one.first, one.wall)), *_age(one)))

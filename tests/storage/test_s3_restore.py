@@ -6,7 +6,7 @@ import asyncio
 import gc
 import itertools
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from itertools import product
 from typing import Any
 
@@ -217,31 +217,37 @@ async def test_a_restore_that_fails(bucket: Bucket, proxy: Proxy, clock: ManualC
     assert await values(bucket, clock, at=12) == model[12]
 
 
+async def restored_unless_cancelled(
+    proxy: Proxy, number: int, restore: Coroutine[Any, Any, Restored]
+) -> Restored | None:
+    """Cancel a restore at one of its requests, by the number of the request. Return `None` if it was cancelled before its end."""
+    end = len(proxy.seen) + number
+
+    def cancel() -> None:
+        if len(proxy.seen) == end:
+            task.cancel()
+
+    for method in ("GET", "HEAD", "PUT"):
+        proxy.plan(method, "", Before(cancel), times=FOREVER)
+    task = asyncio.create_task(restore)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        return None
+    finally:
+        proxy.end_plans()
+
+
 async def test_a_restore_that_is_cancelled(bucket: Bucket, proxy: Proxy, clock: ManualClock) -> None:
     """Whichever request is sent, the state is the old one or the restored one, and the next call restores it."""
     model = await fill(bucket, clock, WEEK)
-    seen = -1
-    task: asyncio.Task[Restored]
-    for number in range(1, 200, 7 if THOROUGH else 23):
-        end = len(proxy.seen) + number
-
-        def cancel(end: int = end) -> None:
-            if len(proxy.seen) == end:
-                task.cancel()  # noqa: B023 -- it is called while this task runs
-
-        for method in ("GET", "HEAD", "PUT"):
-            proxy.plan(method, "", Before(cancel), times=FOREVER)
+    for number in itertools.count(1, 7 if THOROUGH else 23):
         storage = bucket.storage(proxy.url, session=session_of_all())
-        task = asyncio.create_task(restore_state(NAME, storage, 8, into=NAME, clock=clock))
-        try:
-            await task
-        except asyncio.CancelledError:
-            proxy.end_plans()
-            assert await values(bucket, clock) in (model[12], model[8])
-        else:
-            seen = number
+        restore = restore_state(NAME, storage, 8, into=NAME, clock=clock)
+        if await restored_unless_cancelled(proxy, number, restore) is not None:
             break
-    assert seen > 20
+        assert await values(bucket, clock) in (model[12], model[8])
+    assert number > 20
     assert await values(bucket, clock) == model[8]
     assert await values(bucket, clock, at=12) == model[12]
 
@@ -333,27 +339,16 @@ async def test_a_damaged_state_whose_restore_is_cancelled(bucket: Bucket, proxy:
     model = await fill(bucket, clock, WEEK)
     damage_record(bucket)
     damaged = {key: bucket.get(key)[0] for key in [SNAPSHOT, *records(bucket)]}
-    task: asyncio.Task[Restored]
     for number in itertools.count(1, 5 if THOROUGH else 40):
-        end = len(proxy.seen) + number
-
-        def cancel(end: int = end) -> None:
-            if len(proxy.seen) == end:
-                task.cancel()  # noqa: B023 -- it is called while this task runs
-
-        for method in ("GET", "HEAD", "PUT"):
-            proxy.plan(method, "", Before(cancel), times=FOREVER)
         storage = bucket.storage(proxy.url, session=session_of_all())
-        task = asyncio.create_task(restore_state(NAME, storage, 4, into=NAME, clock=clock))
-        outcome = await asyncio.gather(task, return_exceptions=True)
-        proxy.end_plans()
+        restore = restore_state(NAME, storage, 4, into=NAME, clock=clock)
+        done = await restored_unless_cancelled(proxy, number, restore)
         kept = [key for key in bucket.keys(BASE) if ".damaged-" in key]
         for key, data in damaged.items():
             copies = [one for one in kept if one.endswith(key.rpartition("/")[2])]
             assert any(bucket.get(one)[0] == data for one in [key, *copies])
-        if isinstance(outcome[0], Restored):
+        if done is not None:
             break
-        assert isinstance(outcome[0], asyncio.CancelledError)
     assert number > 40
     assert await values(bucket, clock) == model[4]
 
