@@ -83,7 +83,7 @@ class Listener:
 
 
 class Claim:
-    """A shared state whose lock this process holds. The process listens at the socket. The state is possibly not loaded yet.
+    """A shared state whose lock this process holds. The process listens at the socket. The state may not be loaded yet.
 
     Other processes can connect as soon as the claim exists. They wait until the user of the claim accepts the connections.
 

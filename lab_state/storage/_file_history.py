@@ -191,7 +191,7 @@ def _check_end(reading: Reading) -> None:
 
 
 def _span_by_ends(name: str, found_journal: OpenFile, found_snapshot: OpenFile | None) -> Span | None:
-    """Return the moments of a journal and its snapshot by their ends. Return `None` if they do not certainly belong together."""
+    """Return the moments of a journal and its snapshot, from the ends of both files. Return `None` if the files may not belong together."""
     start = found_journal.read(_FIRST_READ)
     try:
         head = journal.read_header(start, name, found_journal.path)
@@ -231,7 +231,7 @@ def _moment_at_end(file: OpenFile, start: int, end: int) -> Moment | None:
 def _last(file: OpenFile, start: bytes, salt: str, first: Moment) -> Moment:
     """Return the moment of the last record of a journal; `first` if it has none. Read its end, and more only if the record is longer.
 
-    `start` has the first bytes of the journal. Often they are all of it, and nothing has to be read.
+    `start` has the first bytes of the journal. Often these are the whole journal, and nothing has to be read.
     """
     size = file.status.st_size
     for most in _sizes(size):
@@ -293,7 +293,7 @@ def _found(paths: Paths, name: str, generation: StoredGeneration) -> FoundGenera
     for file in generation.journals:
         with _opened(f"{paths.history}/{format_name(file)}") as found:
             if found is None:
-                return None  # the generation is being pruned, and its snapshot goes next
+                return None  # the generation is being pruned, and its snapshot is deleted next
             size += found.status.st_size
             moment = _last_of(name, found, first)
             if moment is not None and (longest is None or moment.revision >= last.revision):

@@ -36,7 +36,7 @@ class OwnSocket(socket.socket):
 
     Otherwise a child that runs longer than its parent would keep the connections of the parent, and
     the process at the other end would wait for a process that has ended. Make the socket in the thread of
-    the event loop, before it is bound or connected. So a fork finds it registered before it has a connection.
+    the event loop, before it is bound or connected. Then the socket is registered before a fork can copy a connection of it.
     """
 
     def __init__(self, *, fileno: int | None = None) -> None:
@@ -79,7 +79,7 @@ class OwnSocket(socket.socket):
 
 
 def bind(own: OwnSocket, address: Address) -> lookup.Identity:
-    """Delete the file at the address, of whatever type. Bind the socket there and listen. Return the identity of the new file.
+    """Delete the file at the address, even if it is not a socket. Bind the socket there and listen. Return the identity of the new file.
 
     Only the holder of the lock may call this. Only the user of this process can connect.
 

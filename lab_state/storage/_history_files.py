@@ -1,4 +1,4 @@
-"""Find the files of a state that belong into its history on disk, and link them. The calls block.
+"""Find the files of a state that belong in its history on disk, and link them. The calls block.
 
 A restore copies a file of the history. It does not link the file: an edit of the restored file would change the history, too.
 """
@@ -86,7 +86,7 @@ def link_present(paths: Paths, name: str, base: str, known: lookup.Fingerprint |
 
 
 def present_files(paths: Paths, name: str, base: str, known: lookup.Fingerprint | None) -> list[Link]:
-    """Return the files of a state that belong into its history, the snapshot first. For the arguments, see `link_present`.
+    """Return the files of a state that belong in its history, the snapshot first. For the arguments, see `link_present`.
 
     A journal without records is left out. So is a snapshot, if the journal has records that do not follow it.
 
@@ -182,7 +182,7 @@ def _names(paths: Paths, name: str, base: str) -> bool:
 def link_all(paths: Paths, links: list[Link], *, sync: bool, sync_parent: bool) -> bool:
     """Link files into the history, and make the links durable. Return whether one of the links is new.
 
-    If a step fails, the new links are deleted: after a failed sync, no later sync makes their names durable for certain.
+    If a step fails, the new links are deleted: after a failed sync, it is not certain that a later sync makes their names durable.
 
     Args:
         paths: The paths of the state.

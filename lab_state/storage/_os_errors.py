@@ -25,7 +25,7 @@ _TO_BE_FIXED = {
 """The remedies for errors that stay until the operator has changed something."""
 
 _TO_BE_MENDED = {
-    errno.EIO: "the disk may be failing; look into the log of the kernel",
+    errno.EIO: "the disk may be failing; see the log of the kernel",
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or have the quota raised",
     errno.EFBIG: "raise the limit on the size of files",

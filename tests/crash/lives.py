@@ -30,7 +30,7 @@ ENVIRONMENT = {
 }
 HISTORY = application.history()
 REMEDIES = {
-    errno.EIO: ("UnavailableError", "Input/output error; the disk may be failing; look into the log of the kernel"),
+    errno.EIO: ("UnavailableError", "Input/output error; the disk may be failing; see the log of the kernel"),
     errno.ENOSPC: ("UnavailableError", "No space left on device; free some space"),
     errno.EDQUOT: ("UnavailableError", "Disk quota exceeded; free some space"),
     errno.EFBIG: ("UnavailableError", "File too large; raise the limit on the size of files"),

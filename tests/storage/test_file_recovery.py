@@ -373,7 +373,7 @@ def denied(*args: object) -> list[str]:
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
-        (errno.EIO, "look into the log of the kernel"),
+        (errno.EIO, "see the log of the kernel"),
         (errno.ENOSPC, "free some space"),
         (errno.EDQUOT, "have the quota raised"),
         (errno.EFBIG, "raise the limit on the size of files"),

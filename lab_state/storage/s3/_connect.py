@@ -156,6 +156,6 @@ def _made(session: Any, region_name: str | None, endpoint_url: str | None, setti
 
 
 def _expect_nothing(params: dict[str, Any], **_: object) -> None:
-    """Remove `Expect: 100-continue` for a small body. To send the body takes less time than to wait for this answer."""
+    """Remove `Expect: 100-continue` for a small body. Sending the body takes less time than waiting for this answer."""
     if isinstance(params["body"], (bytes, io.BytesIO)):
         params["headers"].pop("Expect", None)

@@ -5,8 +5,8 @@
 3. For each older snapshot, fetch its end, which has its revision and its time, and LIST the records after it.
 4. HEAD the snapshot in use. If it was replaced meanwhile, begin again.
 
-A generation has the records from its snapshot to the next one. If all of these are there, it reaches the first moment of the
-next one. If a number is missing, it ends before the gap. A snapshot that could not be copied leaves no gap, because the records
+A generation has the records from its snapshot to the next one. If all of these are there, the generation reaches
+the first moment of the next one. If a number is missing, the generation ends before the gap. A snapshot that could not be copied leaves no gap, because the records
 of the generation before it continue. A snapshot that is pruned between two of these steps is left out.
 """
 
@@ -110,7 +110,7 @@ async def begin_in_use(store: Requests, names: Names, present: ObjectInfo | None
     """Return the beginning of the generation in use, and the sizes of its records and fences, by number.
 
     Raises:
-        CorruptionError: It is damaged, or the state was removed.
+        CorruptionError: The generation is damaged, or the state was removed.
     """
     if present is None:
         return Begin(None, 0, Moment(0, 0), 0), await numbers(store, names, 0)
@@ -126,7 +126,7 @@ async def begin_in_use(store: Requests, names: Names, present: ObjectInfo | None
     if stamp is None and gap(listed, 0, None, names) is not None:
         seq = min((number for number, size in listed.items() if size), default=max(listed) + 1) - 1
         listed = {number: size for number, size in listed.items() if number > seq}
-    # Without a moment, another program wrote the snapshot, and it is loaded as revision 0.
+    # A snapshot without a moment is from another program, and is loaded as revision 0.
     size = 0 if REMOVED in present.metadata else present.size
     return Begin(None, seq, moment or Moment(0, 0), size), listed
 
@@ -163,7 +163,7 @@ async def _record(store: Requests, names: Names, number: int) -> tuple[Moment, s
     """Return the moment of a record, and the base in its metadata.
 
     Raises:
-        CorruptionError: It is damaged, or missing.
+        CorruptionError: The record is damaged, or missing.
     """
     into: dict[int, NumberedObject] = {}
     record = into[number].record if await fetch(store, names, [number], into) else None
@@ -251,7 +251,7 @@ async def _between(store: Requests, names: Names, start: int, end: int) -> dict[
 
 
 def reach(listed: Iterable[int], start: int) -> int:
-    """Return the last of the numbers that follow `start` without a gap; `start` if there is none. They are in order."""
+    """Return the last of the numbers that follow `start` without a gap; `start` if there is none. `listed` is in order."""
     for number in listed:
         if number != start + 1:
             break
@@ -263,7 +263,7 @@ async def read_generation(store: Requests, names: Names, generation: FoundGenera
     """Read one generation; see `History.read`.
 
     Raises:
-        GoneError: It was pruned.
+        GoneError: The generation was pruned.
         StorageError: See `History.read`.
     """
     part = generation.key

@@ -5,8 +5,8 @@ snapshot is copied under a separate key. The records keep their keys. If the cop
 after the missing snapshot belong to the generation before it.
 
 A session does not copy each snapshot, because the records after the last copy lead to it. It copies the snapshot that it has
-found at its start. Later it copies one of its own when there are many records since the last copy, or when they have more
-bytes than the snapshot.
+found at its start. Later it copies a snapshot that it has written, if there are many records since the last copy, or if these
+records have more bytes than the snapshot.
 
 The store makes the copy, on the condition that the snapshot still has its ETag. Without this condition, a request that arrives
 late would replace a copy by another snapshot. Before the first copy, a test shows whether the store honours the condition. If
@@ -98,7 +98,7 @@ class Keeper:
         return seq - older.seq < _MOST_NUMBERS and records < max(_LEAST_BYTES, size)
 
     async def keep_or_raise(self, etag: str, seq: int) -> bool:
-        """Copy the present snapshot as `keep` does, but whatever came since the last copy. Return whether the history has the snapshot.
+        """Copy the present snapshot as `keep` does, even if few records came since the last copy. Return whether the history has the snapshot.
 
         Raises:
             StorageError: The snapshot could not be copied.
@@ -130,7 +130,7 @@ class Keeper:
         """Copy an object. Return False if the object is not `found` any longer.
 
         Raises:
-            StorageError: It could not be copied.
+            StorageError: The object could not be copied.
         """
         if await self._honours_conditions():
             return await self._store.copy(source, target, found.etag)
@@ -258,7 +258,7 @@ async def keeps_something(store: Requests, names: Names) -> bool:
 
 
 async def has_history(store: Requests, names: Names) -> bool:
-    """Return whether a program keeps a history of a state: there is one, or the snapshot says that the records belong to one."""
+    """Return whether there is a history of a state, or the snapshot says that its records belong to a history."""
     present = await store.head(names.snapshot)
     if present is not None and kept_in_metadata(present.metadata):
         return True

@@ -1,7 +1,7 @@
 """Restore a state in S3 in place: become its only writer, keep what is there, and replace it.
 
 1. Check that the store honours conditions.
-2. Create a fence above all records and fences, also if numbers are missing. Then look again, as a start does.
+2. Create a fence above all records and fences, even if numbers are missing. Then look again, as a start does.
 3. Copy the snapshot into the history. If the state cannot be loaded, copy its objects to `<name>.damaged-<time>/` instead. If a
    copy fails, nothing was changed, except for the fence.
 4. Replace the snapshot, as a checkpoint does. The new snapshot covers the number of the fence. So the records below it are
@@ -184,7 +184,7 @@ class S3Restoring:
         """Keep the stored state. Then put an object in its place which shows that the state was removed.
 
         Raises:
-            StorageError: The state could not be kept, or not be replaced. Then the state is the old one, or it is removed.
+            StorageError: The state could not be kept, or could not be replaced. Then the state is the old one, or it is removed.
         """
         present = self._found.present
         if present is not None and not await self._keeper.keep_or_raise(present.etag, self._found.seq):
