@@ -80,7 +80,7 @@ class SharedCopy(Upkeep):
     def epoch(self) -> float:
         """The time of the state, in seconds, when `CLOCK_MONOTONIC` is 0; see `Welcome`.
 
-        `CLOCK_MONOTONIC` is the clock of each manager. In tests, all managers of a state use one other clock instead.
+        `CLOCK_MONOTONIC` is the clock of each manager. In tests, all managers of a state share another clock.
         """
         return self.state.epoch
 

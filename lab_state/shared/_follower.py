@@ -161,8 +161,8 @@ class Follower:
         """Note that the owner is still loading its state.
 
         Store the time of this message as the last sign of life of an owner. But if an owner may have forgotten this client
-        since the stored time, keep the stored time. The hello contained the stored time. By that time, the owner decides after
-        the load whether the owner still knows this client.
+        since the stored time, keep the stored time. The hello contained the stored time. After the load, the owner
+        decides by this time whether it still knows this client.
         """
         self.owner_pid = starting.pid
         heard, calls = self.link.heard, self._port.calls

@@ -147,7 +147,7 @@ class Member(SharedCopy):
                 self._election.why = str(error)
                 if not pauses.failures:
                     self._logger.warning(
-                        "%s: cannot find an owner or become it, and tries again: %s", self._name, error
+                        "%s: can neither find an owner nor become the owner, and tries again: %s", self._name, error
                     )
                 await sleep(self._clock, pauses.start())
             else:

@@ -40,7 +40,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         client: The id of the client.
         revision: The revision of the client's copy; `None` if it has none.
         heard: The time in the last message that the client got from an owner, in nanoseconds; `None` before the first.
-        checks: Whether the client checks its values against the types of its own schema. Otherwise the owner does it.
+        checks: Whether the client checks its values against the types of its own schema. Otherwise the owner checks them.
     """
 
     lab_state: Literal["shared"] = "shared"

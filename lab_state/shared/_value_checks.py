@@ -33,7 +33,7 @@ class ValueChecks:
         self._clients.discard(client)
 
     def run(self, client: str | None, call: Call) -> None:
-        """Check the values of a call, if its client does not do it.
+        """Check the values of a call, if its client does not check them.
 
         Raises:
             InvalidValueError: A value is not of its type.

@@ -138,7 +138,7 @@ def encode_body(call: SetMany | DeleteMany | MakeChanges) -> Iterator[bytes]:
 
 
 def encode_large_call(call: Call, body: Iterable[bytes]) -> list[bytes]:
-    """Return the frame of a call in parts. `body` is the result of `encode_body` for this call. Its numbers may have been others then.
+    """Return the frame of a call in parts. `body` is the result of `encode_body` for this call. When `encode_body` ran, the numbers of the call may have been different.
 
     Raises:
         InvalidValueError: The message is too large.

@@ -388,7 +388,7 @@ async def test_files_that_cannot_be_read_for_a_while(
         await one.catch_up()
         assert await one.get("a") == 1
         told = [record.getMessage() for record in caplog.records if "tries again" in record.getMessage()]
-        assert told == ["lab: cannot find an owner or become it, and tries again: the disk is slow"]
+        assert told == ["lab: can neither find an owner nor become the owner, and tries again: the disk is slow"]
 
 
 @pytest.mark.parametrize(
