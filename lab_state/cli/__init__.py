@@ -23,5 +23,5 @@ def main() -> None:
         from lab_state.cli._app import run  # noqa: PLC0415 -- it imports click, which is an extra
 
         run()
-    except KeyboardInterrupt:  # before or after the subcommand itself, which has an own rule for Ctrl-C
+    except KeyboardInterrupt:  # before or after the subcommand itself, which has its own rule for Ctrl-C
         sys.exit(130)

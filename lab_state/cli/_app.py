@@ -83,7 +83,7 @@ def run() -> None:
         try:
             error.show()
             if isinstance(error, click.NoSuchOption) and error.option_name == "--at" and error.ctx is not None:
-                note(f"The moment stands before the subcommand: {PROGRAM} --at WHEN {error.ctx.info_name} ...")
+                note(f"Write the moment before the subcommand: {PROGRAM} --at WHEN {error.ctx.info_name} ...")
         except OSError:
             drop(sys.stderr)
         sys.exit(USAGE)
@@ -91,7 +91,7 @@ def run() -> None:
         sys.exit(INTERRUPTED)
     except Stop as stop:
         _end(stop)
-    except OSError as error:  # of the help: a subcommand ends with `Stop`
+    except OSError as error:  # from printing the help: a subcommand ends with `Stop`
         _end(unwritten(error))
 
 
@@ -151,7 +151,7 @@ def dump(at: str | None, /, state: Target, prefix: str, **options: Any) -> None:
 @json_option
 @click.pass_obj
 def stats(at: str | None, /, state: Target, **options: Any) -> None:
-    """Print keys and bytes by prefix, the largest keys, sizes, and what expires."""
+    """Print keys and bytes by prefix, the largest keys, sizes, and the keys that expire."""
     asynchronous(_stats.stats)(state, at, **options)
 
 
@@ -240,7 +240,7 @@ def restore(state: Target, **options: Any) -> None:
 @depose_option
 @json_option
 def repair(state: Target, **options: Any) -> None:
-    """Make a damaged state loadable. What is there is kept, and what is lost is listed. The state must be stopped."""
+    """Make a damaged state loadable. The damaged parts are kept, and all losses are listed. The state must be stopped."""
     asynchronous(_repair.repair, writes=True)(state, **options)
 
 
@@ -248,7 +248,7 @@ def repair(state: Target, **options: Any) -> None:
 @click.argument("state", type=STATE)
 @json_option
 def doctor(state: Target, **options: Any) -> None:
-    """Report on holder, socket, permissions, file system, room, and what a store honours."""
+    """Report on holder, socket, permissions, file system, free space, and the conditions of a store."""
     asynchronous(_doctor.doctor)(state, **options)
 
 

@@ -17,7 +17,7 @@ _KEPT = re.compile(r"\.(?:history|damaged-\d+(?:-\d+)?)$")
 """The end of the name of a directory that lab_state itself makes beside a state."""
 
 _MOST_LEVELS = 8
-"""Levels of directories that are looked into at once. Links may lead in a circle."""
+"""The largest number of levels of directories that one completion searches. There is a bound, because links may lead in a circle."""
 
 
 class StateType(click.ParamType[Target]):
@@ -57,7 +57,7 @@ class PlaceType(click.ParamType[Place]):
 def complete(text: str) -> list[str]:
     """Return the states on disk that begin with a text, and the directories with a slash. A shell offers them for STATE.
 
-    In the place of a directory that is the only offer, its content is offered. Otherwise a shell would add a space to the directory.
+    If a directory is the only offer, offer its content instead. Otherwise a shell would add a space after the directory.
     """
     found = _offers(text)
     for _ in range(_MOST_LEVELS):

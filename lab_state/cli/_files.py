@@ -66,7 +66,7 @@ async def copy(output: Output, source: Target, target: Target, *, json: bool) ->
 
 
 class _Progress:
-    """A line on the terminal that says how far a copy is. Without a terminal, nothing is written."""
+    """A line on the terminal that shows the progress of a copy. Without a terminal, nothing is written."""
 
     def __init__(self) -> None:
         self._is_terminal = sys.stderr.isatty()
@@ -82,7 +82,7 @@ class _Progress:
 
 
 async def _exists(target: Target) -> bool:
-    """Return whether there is a state. On disk, a copy that has failed leaves a lock alone, which is none."""
+    """Return whether there is a state. On disk, a failed copy leaves only a lock file, which does not count as a state."""
     try:
         found = await storage_at(target.place).read(target.name)
     except UnsupportedError as error:

@@ -61,7 +61,7 @@ def parse_object(data: bytes) -> dict[str, Item]:
     """Return the items of one JSON object, as `dump` prints it.
 
     Raises:
-        ValueError: The bytes are no such object, or a state cannot have a key or a value of it.
+        ValueError: The bytes are no such object, or it has a key or a value that a state cannot have.
     """
     try:
         values = msgspec.json.decode(data, type=dict[str, Any])
@@ -117,7 +117,7 @@ def has_changed(key: str, since: int, records: Iterable[Record], revision: int) 
         key: The key.
         since: The revision.
         records: The records of the journal, oldest first.
-        revision: The revision of the state, after all of them.
+        revision: The revision of the state, after all of these records.
     """
     newer = [record for record in records if record.end > since]
     # A record does not say in which order its changes were made. So each of them counts.

@@ -101,7 +101,7 @@ class Output:
         """Write the collected bytes.
 
         Raises:
-            Stop: They cannot be written: the reader has closed the pipe, stdout is closed, or there is no room.
+            Stop: The bytes cannot be written: the reader has closed the pipe, stdout is closed, or there is no room.
         """
         parts, self._parts, self._size = self._parts, [], 0
         try:
@@ -152,9 +152,9 @@ def unwritten(error: OSError) -> Stop:
 
 
 def open_closed_streams() -> None:
-    """Open the standard streams that are closed. Otherwise a file of the state would get the number of one.
+    """Open the standard streams that are closed. Otherwise a file of the state would get the number of such a stream.
 
-    There is no input then, writing to stdout fails, and what is written to stderr is dropped.
+    Then there is no input, writing to stdout fails, and text for stderr is dropped.
     """
     for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
         if getattr(sys, name) is None:

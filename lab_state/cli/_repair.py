@@ -19,7 +19,7 @@ from lab_state.storage._history import Restoring, history_of
 from lab_state.storage._protocol import Storage
 
 _MOST = 20
-"""The largest number of losses that are shown for people. Each lost record is one."""
+"""The largest number of losses that are shown for people. Each lost record is one loss."""
 
 
 async def repair(output: Output, state: Target, *, dry_run: bool, depose: bool, json: bool) -> None:

@@ -55,7 +55,7 @@ def asynchronous(
 
 
 class _Log(logging.Handler):
-    """The log of the library as lines on stderr. If a subcommand fails, its message is there, and the errors that led to it are left out."""
+    """The log of the library as lines on stderr. If a subcommand fails, the errors that led to its message are left out."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -69,13 +69,13 @@ class _Log(logging.Handler):
             self._errors.append(record.getMessage())
 
     def tell_errors(self) -> None:
-        """Write the errors of a subcommand that has succeeded all the same."""
+        """Write the errors of a subcommand that has succeeded in spite of them."""
         for text in self._errors:
             note(f"{PROGRAM}: {text}")
 
 
 def _interrupt_at_once() -> Any:
-    """Let Ctrl-C raise `KeyboardInterrupt` at once, and return the handler before. A process that ignores Ctrl-C goes on to do so."""
+    """Let Ctrl-C raise `KeyboardInterrupt` at once, and return the previous handler. A process that ignores Ctrl-C continues to ignore it."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt)

@@ -86,7 +86,7 @@ def salvage_objects(pieces: Pieces) -> Salvaged:
 
 
 def _is_foreign(snapshot: bytes) -> bool:
-    """Return whether another program wrote a snapshot, and it is intact. It has no revision that could tell which records follow."""
+    """Return whether another program wrote a snapshot, and the snapshot is intact. It has no revision, so it is not known which records follow it."""
     try:
         return decode_snapshot(snapshot, "the snapshot").revision == 0
     except CorruptionError:
@@ -114,7 +114,7 @@ def _frames(data: bytes, name: str, lost: list[str]) -> tuple[str, list[FoundFra
 
 
 def _replayed(state: LoadedState, records: list[bytes], strange: list[bytes], lost: list[str]) -> Salvaged:
-    """Apply the records of which no earlier change is missing. List the others, and the `strange` ones, which follow another snapshot."""
+    """Apply each of `records`, unless changes before it are missing. List the others, and those in `strange`, which follow another snapshot."""
     highest = state.revision
     for data, is_strange in chain(zip(records, repeat(False)), zip(strange, repeat(True))):
         try:

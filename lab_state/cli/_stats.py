@@ -1,4 +1,4 @@
-"""The subcommand `stats`: where the bytes of a state are, and what expires. `count` is pure."""
+"""The subcommand `stats`: the sizes of keys and prefixes, and the keys that expire. `count` is pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Counts(NamedTuple):
 
     Attributes:
         keys: The number of keys.
-        size: The size of all of them.
+        size: The size of all keys.
         prefixes: For each prefix the number of its keys, and their size. A prefix is the part up to the first `/`; empty
             for a key without one.
         largest: The largest keys, with their sizes.

@@ -25,7 +25,7 @@ def storage_at(place: Place, *, create: bool = False) -> Storage:
     """Return the storage of a place. With `create`, a missing directory or state is created.
 
     Raises:
-        ValueError: The place cannot be one of a storage.
+        ValueError: No storage can be at this place.
         ImportError: The extra for S3 is missing.
     """
     if not place.bucket:
@@ -36,9 +36,9 @@ def storage_at(place: Place, *, create: bool = False) -> Storage:
 
 
 async def storage_to_write(target: Target, *, create: bool = False) -> Storage:
-    """Return the storage of a state that a subcommand will write. An existing history gets what the write replaces, and nothing is pruned.
+    """Return the storage of a state that a subcommand will write. The files or objects that the write replaces are added to an existing history.
 
-    Only the program knows the limits of its history. It prunes later.
+    Nothing is pruned: only the program knows the limits of its history, and prunes it later.
 
     Raises:
         ValueError: See `storage_at`.
@@ -97,7 +97,7 @@ def moment(at: str | None) -> dict[str, Any]:
 
 
 def entries_of(view: StateView) -> dict[str, Stored]:
-    """Return the entries of a view. Nothing may change them, and the reading calls of the view must not be used before."""
+    """Return the entries of a view. Nothing may change them, and the reading calls of the view must not be used before this call."""
     entries = view._core.state.entries  # noqa: SLF001 -- a million calls of `get` would take seconds
     assert isinstance(entries, dict)
     return entries

@@ -46,7 +46,7 @@ async def keys(
 ) -> None:
     """Print the keys with a prefix, in order."""
     if tree and json:
-        raise Stop(USAGE, "keys --tree has --nl, and no --json")
+        raise Stop(USAGE, "keys --tree can print lines of JSON, but not one object: use --nl in place of --json")
     view = await read(state, at)
     found = await view.keys(prefix, after=after, limit=None if tree else limit)
     if tree:
@@ -68,7 +68,7 @@ async def keys(
 
 
 def branches(keys: list[str], limit: int | None) -> list[tuple[int, str, int]]:
-    """Return the lines of a tree of sorted keys, which are split after each `/`: depth, name and number of keys. At most `limit` lines."""
+    """Return the lines of a tree of sorted keys, which are split after each `/`: depth, name and number of keys. Return at most `limit` lines."""
     lines: list[tuple[int, str, int]] = []
     counts: dict[str, int] = {}
     for key in keys:

@@ -58,7 +58,7 @@ async def watch(output: Output, state: Target, prefix: str, *, nl: bool) -> None
 
 
 async def _follow(storage: FileStorage, state: Target, printer: _Printer) -> int | None:
-    """Print the records that the owner of a shared state sends, until no process answers any longer. Return the last revision.
+    """Print the records that the owner of a shared state sends, until no process answers. Return the last revision.
 
     Return `None` if no process has answered at all.
     """

@@ -223,6 +223,6 @@ async def test_wrong_arguments(tmp_path: Path) -> None:
         assert (found.code, found.out) == (2, ""), arguments
         assert found.err
     late = await world.run("keys", "state/shop", "--at", "r1")
-    assert late.err.endswith("The moment stands before the subcommand: lab-state --at WHEN keys ...\n")
+    assert late.err.endswith("Write the moment before the subcommand: lab-state --at WHEN keys ...\n")
     (tmp_path / "file").touch()
     assert (await world.run("get", "file/shop", "a")).code in {1, 5}
