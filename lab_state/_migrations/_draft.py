@@ -50,7 +50,7 @@ class StateDraft(Draft):
     def merge(self) -> int | None:
         """Apply all changes to the base, as `Draft.merge` does. The base keeps the dict of the changes, so it makes no copy."""
         if self._only_values and not self.base.changes:
-            self.base.changes = self.changes  # to update a dict with itself takes no time
+            self.base.changes = self.changes  # updating a dict with itself takes no time
         return super().merge()
 
     def pieces(self, low: str, high: str | None) -> list[Chunk]:
@@ -85,9 +85,9 @@ class _DraftView(UndoView[Stored]):
         self._changes = changes
 
     def values(self, keys: Sequence[str]) -> Sequence[Stored]:
-        """Return the values of keys, and drop those of the changes: the migration is about to replace them.
+        """Return the values of keys. Drop the values that are changes, because the migration is about to replace them.
 
-        Mostly, all keys of a page have changed, or none.
+        In most pages, all keys have changed, or none.
         """
         changes, beneath = self._changes, self._beneath
         try:

@@ -160,8 +160,8 @@ def checked_schema(schema: object) -> Schema:
     """Return the schema that `Manager` has got, after its checks.
 
     Raises:
-        TypeError: It is not a `Schema`.
-        ValueError: It lacks a migration.
+        TypeError: The object is not a `Schema`.
+        ValueError: The schema lacks a migration.
     """
     if not isinstance(schema, Schema):
         raise TypeError(f"schema must be a Schema, not {type(schema).__name__}")

@@ -64,7 +64,7 @@ class Types:
     def fit(self, entries: Sequence[tuple[str, Stored]]) -> bool:
         """Return True if some values are known to be of the types of their keys. This takes less time than `misfits`.
 
-        It may return False if all are: it knows only values without an expiry time, under one prefix.
+        The result may be False even if all values are of their types: only values under one prefix, without an expiry time, are examined.
         """
         keys, values = zip(*entries, strict=True)
         type_ = self._type_of_all(min(keys), max(keys))

@@ -146,7 +146,7 @@ class Feed:
             await subscription.aclose()
 
     async def _follow(self, subscription: Subscription) -> None:
-        """Run the tasks of a subscription until one of them raises."""
+        """Run the tasks of a subscription until one of them raises an error."""
         self._parts, self._bytes, self._heard = [], 0, self._clock.monotonic()
         work = [self._receive(subscription), self._poll(subscription)]
         if self._local is not None:
@@ -163,7 +163,7 @@ class Feed:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, subscription: Subscription) -> None:
-        """Read the head every two seconds, and at once after a fill. Before each read but the first, call `_test`.
+        """Read the head every two seconds, and at once after a fill. Before each read except the first, call `_test`.
 
         If the first revision of the subscription comes from a head, send a `resync`, because earlier changes may have been
         missed. If it comes from a message, `_step` sends the `resync`.

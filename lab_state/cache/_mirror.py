@@ -17,8 +17,8 @@ state counts the seconds that pass.
 
 A fill holds a view of the state, and no checkpoint can begin meanwhile. So a checkpoint that is due
 cancels the fill. The fill begins again after the checkpoint. It then has time until the next
-checkpoint is due. With `FileStorage`, this is when the journal is larger than the snapshot, and than
-4 MiB. A cache that needs more time for a fill would also be too slow for the steps.
+checkpoint is due. With `FileStorage`, this is when the journal is larger than the snapshot, and larger
+than 4 MiB. A cache that needs more time for a fill would also be too slow for the steps.
 
 The mirror of another writer may be from an earlier start of this state, or from a newer owner
 of the state. A commit shows which case it is: if the commit succeeds, the state has no newer
@@ -200,7 +200,7 @@ class MirrorWriter:
             self._backlog.overflow()
 
     async def _attempt(self) -> bool:
-        """Bring the mirror forward; see `_act`. If that fails, note the error and start a pause. Return whether there is more to do now."""
+        """Update the mirror; see `_act`. If that fails, note the error and start a pause. Return whether there is more to do now."""
         try:
             await self._act()
         except StorageError as error:

@@ -1,1 +1,1 @@
-"""Integrations with frameworks. Each module is for one framework, and imports only that one."""
+"""Integrations with frameworks. Each module is for one framework, and imports only that framework."""

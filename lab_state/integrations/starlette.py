@@ -309,7 +309,7 @@ def sse(
 
 
 class _EventStream(StreamingResponse):
-    """A response that closes its stream when it ends, also after an error."""
+    """A response that closes its stream when it ends, even after an error."""
 
     def __init__(self, stream: AsyncGenerator[bytes]) -> None:
         super().__init__(stream, headers=HEADERS, media_type=MEDIA_TYPE)
