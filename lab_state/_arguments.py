@@ -54,7 +54,7 @@ def check_keys(keys: Collection[str]) -> None:
     """Check several plain `str`s as `check_key` does. For a hundred keys, this takes a tenth of the time.
 
     Raises:
-        InvalidKeyError: One of them cannot be a key.
+        InvalidKeyError: One of the strings cannot be a key.
     """
     together = "".join(keys)
     lengths = {*map(len, keys)}
@@ -187,7 +187,7 @@ def many_keys(keys: object) -> Iterable[str]:
 
 
 def check_callable(call: str, fn: object) -> None:
-    """Check that `fn` can be called. `call` is the name of the method that got it, for the message.
+    """Check that `fn` can be called. `call` is the name of the method that got `fn`, for the message.
 
     Raises:
         TypeError: `fn` cannot be called.

@@ -1,7 +1,7 @@
 """`BackedUp`: the call `backup` of a manager, and the tasks that write backups.
 
-Theory of operation. A backup is a snapshot of a view of the state, as a checkpoint is. Only one view at a time needs no
-copy of the map. So a backup waits until the view of a checkpoint is closed, and a checkpoint waits for a backup. Each
+Theory of operation. A backup is a snapshot of a view of the state, as a checkpoint is. A second view at the same time
+would need a copy of the map. So a backup waits until the view of a checkpoint is closed, and a checkpoint waits for a backup. Each
 backup is written in a separate task. `stop()` cancels these tasks before it writes its checkpoint.
 """
 
@@ -144,7 +144,7 @@ class _Backup:
         durability: Durability,
         flusher: Callable[[], Flusher | None],
     ) -> None:
-        """Prepare. No file is touched yet.
+        """Prepare the backup. No file is touched yet.
 
         Args:
             path: The path of the file.

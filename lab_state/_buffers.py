@@ -1,4 +1,4 @@
-"""Join parts to large bytes without blocking other threads for long.
+"""Join parts into large `bytes` objects without blocking other threads for long.
 
 `b"".join` of a hundred megabytes blocks every thread during the copy. A `BytesIO` grows part by
 part. On Linux, a large one mostly grows by moving pages of memory, without copying bytes. In CPython, its

@@ -438,7 +438,7 @@ def _check_number(name: str, number: object) -> None:
 
 
 def _kind_of(type_: Any) -> Literal["any", "int", "float"] | None:
-    """Return the name of the type argument of `incr` in a message to the owner; `None` for a type without such a name."""
+    """Return the name of a type argument of `incr`, as a message to the owner has it; `None` if the type has no such name."""
     if type_ is Any:
         return "any"
     return "int" if type_ is int else "float" if type_ is float else None

@@ -31,7 +31,7 @@ async def list_states(storage: Storage) -> list[StateInfo]:
     """Return the states of a storage, sorted by name.
 
     The call takes no lock, reads no state and writes nothing. On disk, a state is a file `<name>.json`, `<name>.journal` or
-    `<name>.lock`, or a history. So a JSON file of another program is listed as well: a manager with its name would load it.
+    `<name>.lock`, or a history. So a JSON file of another program is listed as well: a manager with this name would load the file.
     The files of a state may change during the call. If the caller is cancelled, nothing stays open.
 
     Args:
@@ -51,7 +51,7 @@ async def remove_state(name: str, storage: Storage, *, history: bool = False) ->
     The history stays, and the last generation is added to it. So `restore_state(name, storage, at, into=name)` brings the state back. A
     storage without a history deletes the state permanently. With `history=True` the history is removed, too.
 
-    On disk, the call deletes all files of the state but its lock and, without `history=True`, its history. It does not
+    On disk, the call deletes all files of the state except its lock and, without `history=True`, its history. It does not
     delete `<name>.damaged-<time>/`, nor files in the history that lab_state has not made. A crash during the call leaves the
     state as it was, or a state that `start()` refuses, or no state: then call again. If the caller is cancelled, the removal
     goes on. A second call raises `UnsupportedError`, unless there is still a history.

@@ -53,7 +53,7 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
         InvalidNameError: The name is not valid; see `Config.name`.
         TypeError: The source is not a storage, or has no method `read`.
         UnsupportedError: The target has a state of this name. Or the source has no state of this name, or
-            only an empty state that was never written. Or a storage cannot be used as it is.
+            only an empty state that was never written. Or one of the storages cannot be used; the message says why.
         StorageError: Reading or writing failed; see `Storage` and `StorageSession`. Or the copy differs from the source.
     """
     name = Config(name=name).name

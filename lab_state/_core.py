@@ -73,7 +73,7 @@ class Port(Protocol):
         """Open a transaction, as a `DraftCore`. At the end of the block it is committed.
 
         Args:
-            seed: The values that the owner sent when it refused the attempt before: the `seed` of its `ConflictError`. The
+            seed: The values that the owner sent when it refused the previous attempt: the `seed` of its `ConflictError`. The
                 transaction reads the keys of the seed from it, and can read no other keys.
             is_repeated: Whether the caller repeats the transaction after a conflict, and passes its `seed`.
 

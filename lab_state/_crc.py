@@ -4,7 +4,7 @@ To compute the checksum of a part, zlib has to read the part. If parts overlap, 
 bytes many times. But a CRC is linear. Suppose that two checksums start from different initial
 values, and read the same bytes. Then the XOR of the results depends only on the XOR of the initial
 values and on the number of bytes. So this XOR can be computed with zeros in place of the bytes. One
-pass over the buffer is then enough for all of its parts. In this module, such an XOR is a difference.
+pass over the buffer is then enough for all of its parts. In this module, such an XOR is called a difference.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def part(before: int, whole: int, length: int, seed: int) -> int:
 
 @cache
 def _zeros(length: int) -> _Tables:
-    """Return the tables that advance a difference over `length` zero bytes. There is one for each byte of a difference."""
+    """Return the tables that advance a difference over `length` zero bytes. There is one table for each byte of a difference."""
     if length == 1:
         images = [_after_one(1 << bit) for bit in range(32)]
     else:

@@ -32,7 +32,7 @@ class Waiters:
     Attributes:
         next: The callers that asked for the next commit.
         current: The callers that wait for the commit under way.
-        passive: The callers that wait for any commit, and asked for none.
+        passive: The callers that wait for any commit, and did not ask for one.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Waiters:
             raise
 
     def start_commit(self) -> None:
-        """Move the callers that wait for the next commit to the current one, which starts now."""
+        """Move the callers in `next` to `current`, because the commit that they asked for starts now."""
         self.current, self.next = self.current + self.next, []
 
     def settle(self, durable: int) -> None:
@@ -190,7 +190,7 @@ class Durability:
             raise
 
     async def wait_durable(self, revision: int, timeout: float = math.inf) -> None:  # noqa: ASYNC109 -- by the manager's clock
-        """Wait until `revision` is durable. Ask for no commit.
+        """Wait until `revision` is durable. Do not ask for a commit.
 
         Raises:
             WaitTimeoutError: The revision is not durable after `timeout` seconds.

@@ -12,7 +12,7 @@ from msgspec import Raw, Struct
 Json = NewType("Json", bytes)
 """The bytes of one JSON value in UTF-8.
 
-A manager checks the bytes before it makes a `Json`. So if several of them are joined with commas, the
+A manager checks the bytes before it makes a `Json`. So if several `Json` are joined with commas, the
 decoder finds exactly as many values. A copy that follows an owner may contain invalid bytes; see
 `_following.stored_of`.
 """
@@ -83,7 +83,7 @@ class Versions(NamedTuple):
 
 
 FIRST_VERSIONS = Versions(1, 1)
-"""The versions of a state in which none are stored."""
+"""The versions of a state that stores no versions."""
 
 
 class ChangeSet(NamedTuple):

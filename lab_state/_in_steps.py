@@ -42,7 +42,7 @@ class Range(NamedTuple):
         low: No key is below this. `_order.bounds` makes both bounds.
         high: Each key is below this, unless it is `None`.
         cut: The length of the prefix that is removed from each key.
-        limit: Return only this many keys; `None` means all.
+        limit: The largest number of keys; `None` means all.
         reverse: Whether to begin with the highest key.
     """
 

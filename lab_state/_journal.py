@@ -199,7 +199,7 @@ def scan(data: bytes, name: str, path: str) -> Scan:
     """
     head, position = _read_header(data, name, path)
     frames: list[Frame] = []
-    searched = position  # no valid frame may start at this offset or after it
+    searched = position  # a valid frame that starts here or later means that acknowledged data is damaged
     while (found := _frame_at(data, position, head.salt)) is not None:
         kind, payload, searched = found
         if (known := _known_kind(kind, position, path)) is FrameKind.END:

@@ -6,7 +6,7 @@ is faster than a loop in Python:
 1. Escaped backslashes and escaped quotes are removed, and then all bytes except quotes and brackets.
 2. If there are few quotes, the strings are removed.
 3. A group of brackets and quotes that repeats is removed.
-4. Two adjacent quotes are removed. The number of quotes before each bracket stays odd or even, so
+4. Pairs of adjacent quotes are removed. The number of quotes before each bracket stays odd or even, so
    the same brackets are inside of strings as before.
 5. Pairs of adjacent brackets are removed, in up to 12 rounds. Each round removes at most two
    levels. The rounds end when a round removes less than a quarter of the remaining bytes.

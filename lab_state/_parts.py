@@ -1,7 +1,7 @@
 """The parts of a value, the search for the part that causes a refusal, and two checks of all parts.
 
 The checks find NaN and infinity, and times that JSON would change. A part is an item of a list, tuple or set, a value of
-a dict, or a field of an object. Its step is its text in a path, such as `[3]`. All functions are pure and synchronous.
+a dict, or a field of an object. The step of a part is its text in a path, such as `[3]`. All functions are pure and synchronous.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, 
     """Return the first part that is refused, as a pair of `parts_of`. If there are no parts, return `None`.
 
     This is a binary search. `refused` is called with half of the remaining parts, as one list or tuple.
-    The part that remains is returned without a call. So if no part is refused, it is the last part.
+    The part that remains is returned without a call. So if no part is refused, the result is the last part.
     """
     kind = container.__class__
     if kind in SCALARS:
@@ -118,7 +118,7 @@ def single_part(value: Any, refused: Callable[[Any], bool]) -> tuple[object, Any
 def parts_of(container: Any) -> Iterable[tuple[object, object]]:
     """Return a pair for each part: a place, and the part itself.
 
-    The place is the key in a dict, the number in a list, tuple or set, and otherwise the step.
+    The place is the key in a dict, the position in a list, tuple or set, and otherwise the step.
     """
     kind: Any = container.__class__
     if kind is dict:
@@ -207,7 +207,7 @@ def moved_time(value: Any, *, keys: bool = True) -> str | None:
                 if (why := _moved(item)) is not None:
                     return why
                 if zone.__class__ is timezone:
-                    fixed = zone  # this zone has one offset: other times with it need no check
+                    fixed = zone  # this zone has one offset: other times in it need no check
             else:
                 below += [part for _, part in parts_of(item) if part.__class__ not in SCALARS]
         level = below

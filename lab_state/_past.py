@@ -56,7 +56,7 @@ def wall_of(at: datetime) -> int:
 def until(records: tuple[bytes, ...], at: At) -> int:
     """Return the number of records up to a moment. Earlier records may have later times, if the clock was set back.
 
-    A record that cannot be decoded counts, so that its replay raises an error.
+    A record that cannot be decoded is counted, so that its replay raises an error.
     """
     if isinstance(at, datetime):
         wall = wall_of(at)
@@ -81,7 +81,7 @@ def find(found: list[FoundGeneration], at: At, now: float) -> FoundGeneration:
         now: The time of the wall clock, in seconds since 1970.
 
     Raises:
-        ValueError: No generation has it, or the time is in the future.
+        ValueError: No generation has the moment, or the moment is in the future.
     """
     spans = [one.span for one in found]
     is_whole = found[-1].in_use

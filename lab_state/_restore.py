@@ -40,8 +40,8 @@ async def restore_state(
 ) -> Restored:
     """Restore a state as it was at an earlier moment: in place, or as a new state.
 
-    Keys that have expired since the moment are not restored. Other keys keep their expiry times. The restored state is the last
-    stored moment that is not after `at`; see `read_state`.
+    Keys that have expired since the moment are not restored. Other keys keep their expiry times. The restored moment is the
+    last stored one that is not after `at`; see `read_state`.
 
     With another name as `into`, the call makes a new state there, with the revision of the moment. The state `name` is only read,
     and a manager may be running on it.
@@ -139,7 +139,7 @@ def _time(state: LoadedState, clock: Clock) -> float:
 def snapshot_source(state: LoadedState, revision: int, time: float, clock: Clock) -> SnapshotSource:
     """Return a source of the snapshot of a restored state. Keys that have expired by `time` are left out.
 
-    It has no results of calls of other processes: the restored state is another one.
+    The snapshot has no results of calls of other processes, because the restored state is another state.
     """
     now = int(time * 1000)
     view = {key: stored for key, stored in view_of(state).items() if state.expires.get(key, now + 1) > now}

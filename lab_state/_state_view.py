@@ -96,7 +96,7 @@ async def read_state(
         name: The name of the state.
         storage: The storage that contains it.
         at: The moment. A revision gives the state after the last record that ends at or below this revision. An aware
-            `datetime` gives the state after the newest record that was not written after it, by the clock of the writer. If
+            `datetime` gives the state after the newest record that was written up to this time, by the clock of the writer. If
             that clock was set back within a generation, the times of the first and the last record of the generation
             decide which generation is read. `None` gives the present state.
         clock: A clock for tests. By default it is the clock of the machine.

@@ -48,7 +48,7 @@ NULL = b"null"
 """The JSON that msgspec writes for None, and also for NaN and infinity."""
 
 DEL, COLON, ALL_ONES = 0x7F, ord(":"), 0xFF
-"""MessagePack without these three bytes contains no NaN, no infinity, no time of day and no datetime with a zone."""
+"""MessagePack that has none of these three bytes contains no NaN, no infinity, no time of day and no datetime with a zone."""
 
 _MOST_DIGITS = 4300
 """msgspec does not read an int with more digits than this. By default, Python does not either."""

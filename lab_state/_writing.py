@@ -40,7 +40,7 @@ from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 _KEY_BYTES = 256  # added to the size of each value, because a key takes time even if its value is small
 _STEP_BYTES = 128 * 1024
-"""The event loop runs each time this many bytes were encoded. To encode them takes about a millisecond, or longer if one value is larger."""
+"""The event loop runs each time this many bytes were encoded. Encoding these bytes takes about a millisecond, or longer if one value is larger."""
 
 
 class Writing(Reads):

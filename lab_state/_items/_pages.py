@@ -44,7 +44,7 @@ class Decoding(NamedTuple):
     value: Callable[[str, Value], Any]
 
     def skipping(self) -> Decoding:
-        """Return the same way, except that values that are not of the type are left out."""
+        """Return a `Decoding` like this one that leaves out values that are not of the type."""
 
         def value(key: str, stored: Value) -> Any:
             try:
