@@ -116,7 +116,7 @@ def open_ones(views: Views[V]) -> list[UndoView[V]]:
 def noted(views: Views[V], keys: Collection[str]) -> Iterator[None]:
     """Call `note` of each open view with many keys, in steps, and yield between two steps.
 
-    At the end, each view has the values, even if it was opened between two steps. No other code may
+    At the end, each open view has the values of these keys, even if it was opened between two steps. No other code may
     change these keys during the steps. After the last step, the caller must change them before other
     code runs.
     """

@@ -172,7 +172,7 @@ async def commit(state: State, session: StorageSession, versions: Versions) -> C
     """Make the changes of a state durable, together with new versions. No other commit may run.
 
     Raises:
-        StorageError: The commit failed. The change may be durable, or not at all.
+        StorageError: The commit failed. It is not known whether the changes are durable.
     """
     state.versions, state.versions_at = versions, state.revision
     views = SnapshotViews(state)

@@ -39,7 +39,7 @@ def setup(app: web.Application, *served: Manager | Reader) -> None:
     one of them cannot be started, the managers and readers before it are stopped, and `web.run_app`
     ends with the error of the start.
 
-    Handlers find them with `manager` and `reader`, also in sub-applications. `setup` may be called
+    Handlers find them with `manager` and `reader`, even in sub-applications. `setup` may be called
     several times. A sub-application may have its own managers and readers, too.
 
     Args:

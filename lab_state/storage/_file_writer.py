@@ -261,7 +261,7 @@ class Writer:
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint is due: the journal is large, or starts with the whole state.
 
-        With this bound for the size of the journal, about three bytes at most are written for each changed byte.
+        With this bound for the size of the journal, at most about three bytes are written for each changed byte.
         """
         return self.starts_full or self.end > self.checkpoint_bytes
 
