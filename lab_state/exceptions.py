@@ -164,7 +164,7 @@ class UnsupportedError(StorageError):
     in the child. The calls of a reader that is open in the parent raise this error, too. Open another reader.
     """
 
-    # Whether the error says that there is no state of this name. The command has an exit code for this.
+    # Whether the error says that there is no state of this name, or no directory. The command has an exit code for this.
     is_missing: bool = False
 
 

@@ -14,7 +14,7 @@ from lab_state.cli._exits import Stop, code_of, is_missing
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
-from lab_state.cli._text import live_text, size_text
+from lab_state.cli._text import counted, live_text, size_text
 from lab_state.exceptions import StorageError
 from lab_state.shared._address import address_of
 from lab_state.storage import _fs as fs
@@ -57,7 +57,7 @@ async def doctor(output: Output, state: Target, *, json: bool) -> None:
         lines.append(Line("content", False, str(error)))
     else:
         size = loaded.size
-        found = f"{len(loaded.state.entries)} keys, {size_text(size)}, revision {loaded.state.revision}"
+        found = f"{counted(len(loaded.state.entries), 'key')}, {size_text(size)}, revision {loaded.state.revision}"
         lines.append(Line("content", True, f"{found}, durable {loaded.durable_revision}"))
     lines += await (
         _of_files(storage, state, size) if isinstance(storage, FileStorage) else _of_a_bucket(storage, state)

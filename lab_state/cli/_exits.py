@@ -41,15 +41,15 @@ def no_key(key: str, state: object) -> Stop:
 
 
 def is_missing(error: Exception) -> bool:
-    """Return whether the reason for an error is that there is no state of this name."""
+    """Return whether the reason for an error is that there is no state of this name, or no directory."""
     return isinstance(error, UnsupportedError) and error.is_missing
 
 
 def code_of(error: LabStateError | ValueError | ImportError) -> int:
     """Return the exit code for an error.
 
-    A `ValueError` is about an argument. An `ImportError` means that the argument needs an extra which is not installed. So both
-    get the code of a usage error.
+    A `ValueError` is about an argument. An `ImportError` means that the argument needs an extra which is not installed. A path
+    through a file is a wrong argument. So they get the code of a usage error.
     """
     if is_missing(error) or isinstance(error, MigrationError | SchemaError):
         return NOT_FOUND
@@ -59,4 +59,6 @@ def code_of(error: LabStateError | ValueError | ImportError) -> int:
         return CORRUPT
     if isinstance(error, ConflictError):
         return CONFLICT
+    if isinstance(error.__cause__, NotADirectoryError):
+        return USAGE
     return UNAVAILABLE if isinstance(error, StorageError) else USAGE

@@ -14,7 +14,7 @@ from lab_state.cli._exits import CONFLICT, Stop, is_missing
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
-from lab_state.cli._text import as_utf8, size_text
+from lab_state.cli._text import as_utf8, counted, size_text
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage._backup_file import BackupFile, own_files
 from lab_state.storage._worker import Threads, Worker
@@ -39,7 +39,8 @@ async def backup(output: Output, state: Target, target: str, *, json: bool) -> N
     if json:
         output.one(revision=found.revision, keys=len(found.entries), bytes=size, path=as_utf8(target))
     else:
-        output.line(f"{output.text(target)}: {len(found.entries)} keys, {size_text(size)}, revision {found.revision}")
+        keys = counted(len(found.entries), "key")
+        output.line(f"{output.text(target)}: {keys}, {size_text(size)}, revision {found.revision}")
 
 
 async def _slices(state: LoadedState) -> AsyncIterator[bytes]:
@@ -62,7 +63,7 @@ async def copy(output: Output, source: Target, target: Target, *, json: bool) ->
     if json:
         output.one(keys=keys)
     else:
-        output.line(f"{output.text(str(target))}: {keys} keys, read back and compared")
+        output.line(f"{output.text(str(target))}: {counted(keys, 'key')}, read back and compared")
 
 
 class _Progress:

@@ -27,6 +27,7 @@ from lab_state.cli._exits import NOT_FOUND, USAGE, Stop
 from lab_state.cli._output import Output
 from lab_state.cli._storages import check_deposes, described, expiry_of, raw_of, read, storage_to_write
 from lab_state.cli._target import Target
+from lab_state.cli._text import counted
 from lab_state.config import Config
 from lab_state.manager import Manager
 
@@ -119,7 +120,7 @@ class _Trial:
         else:
             self._show(steps, first, wrong, seconds)
         if wrong:
-            raise Stop(NOT_FOUND, f"{len(wrong)} values would not be of their type, so the migration would fail")
+            raise Stop(NOT_FOUND, f"the migration would fail: {counted(len(wrong), 'value')} of a wrong type")
 
     def _difference(self, key: str, before: Stored | None, draft: StateDraft) -> dict[str, Any]:
         """Return a key with its value before and after the migrations. A value that is missing is left out."""
@@ -139,7 +140,7 @@ class _Trial:
             output.line(f"version {self._view.schema}: nothing to migrate")
         for step in steps:
             output.line(
-                f"to version {step['to']}: {step['name']}: {step['changed']} keys changed, {step['seconds']:.3f} s"
+                f"to version {step['to']}: {step['name']}: {counted(step['changed'], 'key')} changed, {step['seconds']:.3f} s"
             )
         for found in first:
             texts = [self._short(found[side]["value"]) for side in ("before", "after") if side in found]

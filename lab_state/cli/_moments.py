@@ -18,7 +18,7 @@ from lab_state.cli._diff import differences
 from lab_state.cli._output import Output
 from lab_state.cli._storages import check_deposes, described, entries_of, raw_of, storage_at
 from lab_state.cli._target import Place, Target
-from lab_state.cli._text import age_text, live_text, size_text, time_text
+from lab_state.cli._text import age_text, counted, live_text, size_text, time_text
 from lab_state.cli._when import parse_when
 from lab_state.exceptions import LabStateError
 from lab_state.storage._history import history_of
@@ -167,6 +167,6 @@ async def _compare(output: Output, state: Target, storage: Storage, moment: int 
     if json:
         output.one(at_revision=then.revision, wall=wall, keys=len(then), **counts)
         return
-    output.line(f"revision {then.revision} of {time_text(wall)}: {len(then)} keys")
+    output.line(f"revision {then.revision} of {time_text(wall)}: {counted(len(then), 'key')}")
     words = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     output.line(f"compared with revision {now.revision}: {words}; nothing was written")

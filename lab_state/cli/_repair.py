@@ -12,6 +12,7 @@ from lab_state.cli._output import Output
 from lab_state.cli._salvage import Salvaged, salvage, salvage_objects
 from lab_state.cli._storages import check_deposes, storage_at
 from lab_state.cli._target import Target
+from lab_state.cli._text import counted
 from lab_state.exceptions import CorruptionError
 from lab_state.storage import _fs as fs
 from lab_state.storage._directory import Paths
@@ -47,9 +48,9 @@ async def repair(output: Output, state: Target, *, dry_run: bool, depose: bool, 
     for sentence in saved.lost[:_MOST]:
         output.line(f"lost: {output.text(sentence)}")
     if len(saved.lost) > _MOST:
-        output.line(f"lost: {len(saved.lost) - _MOST} more losses: --json lists all of them")
+        output.line(f"lost: {len(saved.lost) - _MOST} more: --json lists all of them")
     done = "a repair would keep" if dry_run else f"revision {revision} has"
-    output.line(f"{done} {len(saved.state.entries)} keys, with the changes up to {saved.state.revision}")
+    output.line(f"{done} {counted(len(saved.state.entries), 'key')}, with the changes up to {saved.state.revision}")
     if kept is not None:
         what = "objects" if state.place.bucket else "files"
         output.line(f"the damaged {what} are in {output.text(kept)}; delete them when they are no longer needed")

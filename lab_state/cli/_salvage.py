@@ -20,6 +20,7 @@ from lab_state._codec import LoadedState, Meta, decode_record, decode_snapshot, 
 from lab_state._entries import Stored, Versions
 from lab_state._journal import ANY_BASE, NO_BASE, FoundFrame, FrameKind, base_of
 from lab_state._not_json import NOT_JSON
+from lab_state.cli._text import changes_text, counted
 from lab_state.cli._verify import faults_of
 from lab_state.exceptions import CorruptionError
 
@@ -98,7 +99,9 @@ def _frames(data: bytes, name: str, lost: list[str]) -> tuple[str, list[FoundFra
     try:
         header = journal.read_header(data, name, "the journal")
     except CorruptionError as error:
-        lost.append(f"the journal, {len(data)} bytes: {error.detail}. The changes since the last checkpoint are lost")
+        lost.append(
+            f"the journal, {counted(len(data), 'byte')}: {error.detail}. The changes since the last checkpoint are lost"
+        )
         return ANY_BASE, []
     frames = list(journal.valid_frames(data, header.salt))
     position = 0
@@ -108,7 +111,7 @@ def _frames(data: bytes, name: str, lost: list[str]) -> tuple[str, list[FoundFra
         position = frame.end
     if position < len(data):
         lost.append(
-            f"the last {len(data) - position} bytes of the journal are not a whole record; they were never acknowledged"
+            f"the end of the journal, {counted(len(data) - position, 'byte')}, is not a whole record; it was never acknowledged"
         )
     return header.base, frames
 
@@ -120,13 +123,13 @@ def _replayed(state: LoadedState, records: list[bytes], strange: list[bytes], lo
         try:
             record = decode_record(data)
         except NOT_JSON:
-            lost.append(f"a record of {len(data)} bytes, which is not the JSON of a record")
+            lost.append(f"a record of {counted(len(data), 'byte')}, which is not the JSON of a record")
             continue
         highest = max(highest, record.end)
-        why = "they follow another snapshot" if is_strange else "changes before them are missing"
+        why = "made after another snapshot" if is_strange else "earlier changes are missing"
         if is_strange or record.start > state.revision:
             keys = [*record.set, *record.delete]
-            lost.append(f"the changes {record.start + 1} to {record.end} of {_names(keys)}: {why}")
+            lost.append(f"{changes_text(record.start + 1, record.end)} of {_names(keys)}: {why}")
             continue
         state = replay(state, [data], "the journal")
     return Salvaged(state, lost, highest)
@@ -134,7 +137,7 @@ def _replayed(state: LoadedState, records: list[bytes], strange: list[bytes], lo
 
 def _names(keys: list[str]) -> str:
     shown = ", ".join(repr(key) for key in keys[:_SHOWN])
-    return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more keys"
+    return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"
 
 
 def _snapshot(data: bytes, what: str, lost: list[str]) -> LoadedState:

@@ -12,7 +12,7 @@ from lab_state._entries import Expiring, Stored
 from lab_state.cli._output import Output
 from lab_state.cli._storages import described, entries_of, raw_of, read
 from lab_state.cli._target import Target
-from lab_state.cli._text import live_text, size_text, time_text
+from lab_state.cli._text import counted, live_text, size_text, time_text
 
 PERCENTS = (50, 90, 99, 100)
 _SPANS = (("minute", 60_000), ("hour", 3_600_000), ("day", 86_400_000))
@@ -90,7 +90,7 @@ async def stats(output: Output, state: Target, at: str | None, *, top: int, json
         )
         return
     output.line(f"{live_text(view.live)}; revision {view.revision}, durable {view.durable_revision}")
-    output.line(f"{found.keys} keys, {size_text(found.size)}")
+    output.line(f"{counted(found.keys, 'key')}, {size_text(found.size)}")
     percentiles = ", ".join(f"{percent} %: {size_text(size)}" for percent, size in found.percentiles.items())
     if found.keys:
         output.line(f"sizes: {percentiles}")
@@ -103,7 +103,7 @@ async def stats(output: Output, state: Target, at: str | None, *, top: int, json
         rows = [[output.text(name) or "(no prefix)", str(keys), size_text(size)] for name, (keys, size) in shown]
         output.table(("PREFIX", "KEYS", "BYTES"), rows, right=(1, 2))
         if len(found.prefixes) > len(shown):
-            output.line(f"and {len(found.prefixes) - len(shown)} more prefixes")
+            output.line(f"and {len(found.prefixes) - len(shown)} more")
     if found.largest:
         output.line("")
         rows = [[output.text(key), size_text(size)] for key, size in found.largest]

@@ -58,6 +58,16 @@ def _escape(char: str) -> str:
     return f"\\u{number:04x}" if number <= 0xFFFF else f"\\U{number:08x}"  # noqa: PLR2004 -- four digits
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, which is in the singular: `1 key`, `2 keys`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def changes_text(first: int, last: int) -> str:
+    """Return the words for the changes between two revisions, both included: `change 3`, `changes 3 to 5`."""
+    return f"change {first}" if first == last else f"changes {first} to {last}"
+
+
 def size_text(count: float) -> str:
     """Return a number of bytes with a unit: `512 B`, `1.5 MiB`."""
     unit = 0

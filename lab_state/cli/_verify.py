@@ -15,7 +15,7 @@ from lab_state.cli._exits import CORRUPT, Stop
 from lab_state.cli._output import Output
 from lab_state.cli._storages import described, entries_of, raw_of, read
 from lab_state.cli._target import Target
-from lab_state.cli._text import live_text, size_text
+from lab_state.cli._text import counted, live_text, size_text
 from lab_state.exceptions import InvalidKeyError, StorageError
 from lab_state.storage import _fs as fs
 from lab_state.storage._directory import Paths
@@ -66,10 +66,14 @@ async def verify(output: Output, state: Target, at: str | None, *, json: bool) -
         output.one(**described(view), keys=len(entries), bytes=size, torn_bytes=torn, faults=faults)
     else:
         output.line(f"{live_text(view.live)}; revision {view.revision}, durable {view.durable_revision}")
-        output.line(f"{len(entries)} keys and {size_text(size)} of values: checksums, keys and values checked")
+        output.line(
+            f"{counted(len(entries), 'key')} and {size_text(size)} of values: checksums, keys and values checked"
+        )
         if torn:
-            output.line(f"the last {torn} bytes of the journal are not a whole record; they were never acknowledged")
+            output.line(
+                f"the end of the journal, {counted(torn, 'byte')}, is not a whole record; it was never acknowledged"
+            )
         for fault in faults:
             output.line(output.text(fault))
     if faults:
-        raise Stop(CORRUPT, f"{state} has {len(faults)} keys or values that a state cannot have")
+        raise Stop(CORRUPT, f"{state} has keys or values that a state cannot have: {len(faults)}")

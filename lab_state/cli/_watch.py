@@ -15,6 +15,7 @@ from lab_state.cli._moments import readings
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
+from lab_state.cli._text import changes_text
 from lab_state.cli._when import parse_when
 from lab_state.storage._directory import Paths
 from lab_state.storage._protocol import Reading, Storage
@@ -98,7 +99,7 @@ async def _fill(storage: Storage, name: str, printer: _Printer, last: int, until
     if found is None:
         end = max([last, until or 0, *(record.end for record in records)])
         if end > last:
-            printer.note(f"the changes {last + 1} to {end} were not seen, because a checkpoint was written meanwhile")
+            printer.note(f"not seen, because a checkpoint was written meanwhile: {changes_text(last + 1, end)}")
         return end
     for record in found:
         printer.print(of_record(record, printer.prefix))

@@ -14,6 +14,7 @@ from lab_state.cli._output import Output
 from lab_state.cli._run import read_input
 from lab_state.cli._storages import check_deposes, entries_of, expiry_of, raw_of, read
 from lab_state.cli._target import Target
+from lab_state.cli._text import counted
 from lab_state.cli._writers import writer
 from lab_state.exceptions import InvalidValueError
 
@@ -50,7 +51,7 @@ async def delete(output: Output, state: Target, keys: tuple[str, ...], *, depose
     else:
         output.line(f"deleted {count}; revision {revision}")
     if count < len(wanted):
-        raise Stop(NOT_FOUND, f"{len(wanted) - count} of {len(wanted)} keys did not exist")
+        raise Stop(NOT_FOUND, f"{len(wanted) - count} of {counted(len(wanted), 'key')} did not exist")
 
 
 async def load(
@@ -66,7 +67,7 @@ async def load(
     if json:
         output.one(revision=revision, keys=len(items))
     else:
-        output.line(f"loaded {len(items)} keys; revision {revision}")
+        output.line(f"loaded {counted(len(items), 'key')}; revision {revision}")
 
 
 async def edit(output: Output, state: Target, key: str, *, depose: bool, json: bool) -> None:

@@ -19,11 +19,19 @@ from lab_state._flusher import Flusher
 from lab_state._migrations import ANY
 from lab_state._values import encode_value
 from lab_state.cli._client import PATIENCE, Client
+from lab_state.cli._exits import NOT_FOUND, Stop, is_missing
 from lab_state.cli._input import Item, has_changed, json_of
 from lab_state.cli._storages import check_deposes, storage_at, storage_to_write
 from lab_state.cli._target import Target
 from lab_state.config import Config
-from lab_state.exceptions import ConflictError, InvalidValueError, KeyNotFoundError, LockedError, StorageError
+from lab_state.exceptions import (
+    ConflictError,
+    InvalidValueError,
+    KeyNotFoundError,
+    LockedError,
+    StorageError,
+    UnsupportedError,
+)
 from lab_state.manager import Manager
 from lab_state.shared._answers import result_of
 from lab_state.shared._messages import Changes, Delete, DeleteMany, MakeChanges, Set
@@ -83,7 +91,7 @@ async def writer(target: Target, *, create: bool = False, depose: bool = False) 
     manager = Manager(Config(name=target.name, flush_interval=None), storage, schema=ANY)
     client = Client(storage, target.name) if isinstance(storage, FileStorage) else None
     try:
-        if await _is_shared(client, manager):
+        if await _is_shared(client, manager, target):
             assert client is not None
             yield Shared(client)
             return
@@ -116,7 +124,7 @@ async def _flush(manager: Manager) -> None:
         raise copied(reason, "the change was made, or not: look at the state before you try again") from error
 
 
-async def _is_shared(client: Client | None, manager: Manager) -> bool:
+async def _is_shared(client: Client | None, manager: Manager, target: Target) -> bool:
     """Connect to the owner of a shared state, or start the manager. Return whether the client is connected.
 
     An owner may end, and the next one may not listen yet. So connecting and starting are tried again for some time, if the holder
@@ -127,13 +135,29 @@ async def _is_shared(client: Client | None, manager: Manager) -> bool:
         if client is not None and await client.connect():
             return True
         try:
-            await manager.start()
+            await _start(manager, target)
         except LockedError:
             if client is None or time.monotonic() >= end or not await client.may_appear():
                 raise
             await asyncio.sleep(0.05)
         else:
             return False
+
+
+async def _start(manager: Manager, target: Target) -> None:
+    """Start the manager. If there is no state, name the option of the command in place of that of `FileStorage`.
+
+    Raises:
+        Stop: There is no state.
+        LabStateError: The state cannot be opened.
+    """
+    try:
+        await manager.start()
+    except UnsupportedError as error:
+        if not is_missing(error):
+            raise
+        advice = "check the name and the directory; set and load make one with --create"
+        raise Stop(NOT_FOUND, f"there is no state at {target}: {advice}") from None
 
 
 class Stopped:

@@ -20,7 +20,7 @@ from lab_state.storage import _fs as fs
 from lab_state.storage._directory import Paths
 from lab_state.storage._fs_read import OpenFile, has_moved, is_there, open_to_read
 from lab_state.storage._proc_locks import MOUNTS, find_holders, would_show
-from lab_state.storage._protocol import Reading, no_state
+from lab_state.storage._protocol import Reading, no_directory, no_state
 from lab_state.storage._reading import ReadFiles, is_answer, is_empty, judge, needs_snapshot
 
 _LONGEST = 5.0
@@ -129,6 +129,8 @@ class _Look:
             assert error is not None, "a judgement has either an accepted state or an error"
             raise error
         if is_empty(self.seen) and not is_there(self._paths.lock):
+            if not is_there(self._paths.directory):
+                raise no_directory(self._paths.directory)
             raise no_state(self._paths.snapshot, ": check the name and the directory")
         snapshot, crc = self.snapshot_bytes, self._crc
         if accepted.full is not None:

@@ -10,7 +10,7 @@ import zlib
 
 from lab_state import _journal as journal
 from lab_state._journal import NO_BASE
-from lab_state.exceptions import CorruptionError, StorageError, UnsupportedError
+from lab_state.exceptions import CorruptionError, StorageError
 from lab_state.shared._address import address_of
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
@@ -22,7 +22,7 @@ from lab_state.storage._generations import parse_name
 from lab_state.storage._history import FoundState
 from lab_state.storage._history_files import delete, link_present
 from lab_state.storage._lock import read_holder
-from lab_state.storage._protocol import no_state
+from lab_state.storage._protocol import no_directory, no_state
 
 _FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})\.(json|journal|lock|history)", re.ASCII)
 _LEFT = r"\.(?:json|journal)\.(?:[0-9a-f]{8}\.tmp|torn-\d+|replaced-\d+)"
@@ -45,7 +45,7 @@ def _names_in(directory: str) -> list[str]:
         return lookup.names_in(directory)
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise UnsupportedError(f"there is no directory {directory}: check the path") from error.__cause__
+            raise no_directory(directory) from error.__cause__
         raise
 
 

@@ -290,6 +290,15 @@ class Storage(Protocol):
 
 def no_state(path: str, advice: str) -> UnsupportedError:
     """Return the error for a state that does not exist. `advice` begins with the punctuation after the path."""
-    error = UnsupportedError(f"there is no state at {path}{advice}")
+    return _missing(f"there is no state at {path}{advice}")
+
+
+def no_directory(path: str) -> UnsupportedError:
+    """Return the error for a state whose directory does not exist."""
+    return _missing(f"there is no directory {path}: check the path")
+
+
+def _missing(message: str) -> UnsupportedError:
+    error = UnsupportedError(message)
     error.is_missing = True
     return error

@@ -98,7 +98,7 @@ def test_completion(terminal: Terminal) -> None:
         terminal.type("sta\t")
         terminal.wait_for("state/shop ")
         terminal.type("\n")
-        terminal.wait_for("1 keys and 2 B of values")
+        terminal.wait_for("1 key and 2 B of values")
         terminal.wait_for("READY> ")
         terminal.type("lab-state get --js\t")
         terminal.wait_for("json ")

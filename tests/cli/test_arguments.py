@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from lab_state.cli._changes import Change, between, newer, of_record, text_of
 from lab_state.cli._exits import code_of
 from lab_state.cli._input import has_changed, parse_lines, parse_object, parse_value
 from lab_state.cli._target import Place, parse_place, parse_state, split_moment
-from lab_state.cli._text import age_text, live_text, shown, shown_json, size_text, time_text
+from lab_state.cli._text import age_text, changes_text, counted, live_text, shown, shown_json, size_text, time_text
 from lab_state.cli._values import branches
 from lab_state.cli._when import parse_when
+from lab_state.storage._os_errors import translated
 from lab_state.storage._protocol import no_state
 
 NOW = datetime(2026, 3, 1, 12, 30, 15, tzinfo=timezone(timedelta(hours=1)))
@@ -261,6 +263,19 @@ def test_records_after_a_revision() -> None:
 def test_exit_codes(error: errors.LabStateError, code: int) -> None:
     """Each kind of error has its exit code."""
     assert code_of(error) == code
+
+
+def test_a_path_through_a_file() -> None:
+    """Its error says that a part of the path is a file. This is a wrong argument, and not a missing state."""
+    with pytest.raises(errors.UnsupportedError) as raised, translated("listing", "file/more"):
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
+    assert code_of(raised.value) == 2
+
+
+def test_a_noun_after_a_number() -> None:
+    """One thing has the singular."""
+    assert [counted(number, "key") for number in range(3)] == ["0 keys", "1 key", "2 keys"]
+    assert (changes_text(3, 3), changes_text(3, 4)) == ("change 3", "changes 3 to 4")
 
 
 def test_completion_offers_states_and_directories(tmp_path: Path) -> None:

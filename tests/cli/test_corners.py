@@ -140,7 +140,7 @@ async def test_records_that_a_checkpoint_has_dropped(
         assert await _watch._fill(storage, "shop", printer, 3) == 3
         assert await _watch._fill(storage, "shop", printer, 0) == 3
         assert await _watch._fill(storage, "shop", printer, 3, 3) == 3
-        assert "the changes 1 to 3 were not seen" in capsys.readouterr().err
+        assert "not seen, because a checkpoint was written meanwhile: changes 1 to 3" in capsys.readouterr().err
         assert lines == []
         assert await _watch._fill(storage, "shop", printer, 1, 2) == 2
         assert [line.split("  ")[1:] for line in lines] == [["r2", "set", "a", "2"]]
@@ -235,7 +235,7 @@ async def test_input_from_a_terminal(tmp_path: Path) -> None:
         await state.set("a", 1)
     done = await asyncio.to_thread(on_terminal, "load", "state/shop", cwd=tmp_path, typed=b'{"b":2}\n\x04')
     assert "end with Ctrl-D" in done.out
-    assert done.out.endswith("loaded 1 keys; revision 2\r\n")
+    assert done.out.endswith("loaded 1 key; revision 2\r\n")
     words = {"COMP_WORDS": "lab-state ls sta", "COMP_CWORD": "2"}
     env = {**os.environ, "_LAB_STATE_COMPLETE": "bash_complete", **words}
     assert (await asyncio.to_thread(command, cwd=tmp_path, env=env)).out == "dir,sta\n"
@@ -270,7 +270,7 @@ async def test_a_writer_that_finds_no_owner_yet(tmp_path: Path) -> None:
 
     async with owner(tmp_path):
         manager = Manager("shop", FileStorage(tmp_path))
-        assert await _is_shared(cast("Client", Late()), manager)
+        assert await _is_shared(cast("Client", Late()), manager, parse_state("shop"))
     assert tried == ["connect", "may appear", "connect"]
 
 

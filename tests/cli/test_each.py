@@ -92,6 +92,22 @@ async def test_each_works(template: Path, tmp_path: Path) -> None:
             await check_whole(name, place, is_done=True)
 
 
+async def test_a_directory_that_is_missing(place: Path) -> None:
+    """For each subcommand it is code 1, a path through a file is code 2, and the message is one line. Nothing is made."""
+    before = await asyncio.to_thread(files, place)
+    for directory, code, reason in (
+        ("nowhere", 1, r"there is no (directory|state at) .*nowhere.*: check"),
+        ("backup.json", 2, "a part of the path is a file"),
+    ):
+        for _, case in chosen():
+            paths = {"state": directory, case.state: f"{directory}/shop"}
+            arguments = [paths.get(argument, argument) for argument in case.arguments]
+            done = await asyncio.to_thread(command, *arguments, cwd=place, given=case.given, env=editor(place))
+            assert (done.code, done.out, is_one_line(done)) == (code, "", True), (arguments, done)
+            assert re.search(reason, done.err), (arguments, done)
+    assert await asyncio.to_thread(files, place) == before
+
+
 # The streams
 
 

@@ -119,7 +119,7 @@ async def test_migrations_that_fail(tmp_path: Path) -> None:
     dry = await world.run("migrate", "--dry-run", "app:wrong", world.state)
     assert dry.code == 1
     assert "! stock/apple  $: not a `Stock`: Expected `object`, got `int`" in dry.out
-    assert "2 values would not be of their type" in dry.err
+    assert "the migration would fail: 2 values of a wrong type" in dry.err
     failed = await world.run("migrate", "app:wrong", world.state)
     assert (failed.code, "'stock/apple' does not fit the schema" in failed.err) == (1, True)
     assert (await read_state("shop", world.storage())).revision == 2

@@ -6,12 +6,15 @@ import asyncio
 import json
 import re
 import shlex
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-from command import command
+from command import command, start
 from commanded import World, script
 
-from lab_state import FileStorage, Manager
+from lab_state import Config, FileStorage, Manager
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -45,8 +48,34 @@ def settled(text: str) -> str:
     return text.strip()
 
 
+@asynccontextmanager
+async def program(directory: Path) -> AsyncGenerator[Manager]:
+    """Run the program of the page, which has `live/shop` open."""
+    async with Manager(Config(name="shop", flush_interval=0), FileStorage(directory / "live")) as state:
+        await state.set_many({"stock/apple": 12, "stock/pear": {"n": 3}})
+        await state.set("cart/ann", ["apple"], ttl=3600)
+        yield state
+
+
+async def watched(words: list[str], directory: Path, state: Manager) -> str:
+    """Run `watch` until it has printed one change, which the program makes meanwhile. Return what the terminal would show."""
+    run = await asyncio.to_thread(start, *words, cwd=directory)
+    said = await asyncio.to_thread(run.stderr.readline)
+    await state.set("stock/apple", 11)
+    said += await asyncio.to_thread(run.stdout.readline)
+    run.kill(signal.SIGINT)
+    done = await asyncio.to_thread(run.wait)
+    assert (done.code, done.out, done.err) == (130, "", "")
+    return f"{said.decode()}^C"
+
+
 async def test_the_examples_print_what_the_page_shows(tmp_path: Path) -> None:
     """Each command of the page prints what stands below it."""
+    async with program(tmp_path) as state:
+        await run_examples(tmp_path, state)
+
+
+async def run_examples(tmp_path: Path, state: Manager) -> None:
     (tmp_path / "prices.json").write_text('{"price/apple": 3, "price/pear": 4}')
     page = ROOT / "docs" / "command.md"
     (tmp_path / "app.py").write_text("".join(APPLICATION.findall(page.read_text())))
@@ -61,6 +90,9 @@ async def test_the_examples_print_what_the_page_shows(tmp_path: Path) -> None:
         if "<" in words:
             at = words.index("<")
             given, words = (tmp_path / words[at + 1]).read_bytes(), words[:at]
+        if words[1] == "watch":
+            assert settled(await watched(words[1:], tmp_path, state)) == settled(expected)
+            continue
         done = await asyncio.to_thread(command, *words[1:], cwd=tmp_path, given=given, env=env)
         assert settled(done.out + done.err) == settled(expected), line
 

@@ -123,7 +123,7 @@ async def test_a_copy_shows_its_progress_on_a_terminal(tmp_path: Path) -> None:
     await filled(tmp_path, a=1)
     done = await asyncio.to_thread(on_terminal, "copy", "state/shop", "two/shop", cwd=tmp_path)
     assert "written: " in done.out
-    assert done.out.endswith("\r\x1b[Ktwo/shop: 1 keys, read back and compared\r\n")
+    assert done.out.endswith("\r\x1b[Ktwo/shop: 1 key, read back and compared\r\n")
 
 
 async def test_a_locale_without_utf_8(tmp_path: Path) -> None:

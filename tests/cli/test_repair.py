@@ -66,8 +66,8 @@ async def test_damage_in_the_middle_of_the_journal(tmp_path: Path) -> None:
     assert found["keys"] == 2
     assert found["revision"] == 5
     assert "are damaged; they were acknowledged" in found["lost"][0]
-    assert found["lost"][1] == "the changes 3 to 3 of 'odd\\n\\x1b[31mkey': changes before them are missing"
-    assert found["lost"][2] == "the changes 4 to 4 of 'last': changes before them are missing"
+    assert found["lost"][1] == "change 3 of 'odd\\n\\x1b[31mkey': earlier changes are missing"
+    assert found["lost"][2] == "change 4 of 'last': earlier changes are missing"
     assert await world.reading() == {"stock/apple": 12, "stock/pear": {"n": 3, "of": ["x", None]}}
 
 
@@ -152,7 +152,7 @@ async def test_many_losses(tmp_path: Path) -> None:
     (tmp_path / "two" / "shop.journal").write_bytes(journal.replace(b'"cart/ann":["apple"]', b'"cart/ann":["appl!"]'))
     lines = (await world.run("repair", "--dry-run", "two/shop")).out.splitlines()
     assert sum(line.startswith("lost: ") for line in lines) == 21
-    assert lines[-2] == "lost: 22 more losses: --json lists all of them"
+    assert lines[-2] == "lost: 22 more: --json lists all of them"
     assert len((await world.run("repair", "--dry-run", "--json", "two/shop")).json["lost"]) == 42
 
 
@@ -167,7 +167,7 @@ def test_what_can_be_saved() -> None:
     assert found.state.entries.keys() == {"c"}
     assert found.lost[-1] == "the snapshot: the values of 'a', 'b'"
     many = json.dumps({f"k{n}": 1e999 for n in range(30)}).replace("Infinity", "1e999").encode()
-    assert salvage(many, None, "shop").lost[-1].endswith("'k19' and 10 more keys")
+    assert salvage(many, None, "shop").lost[-1].endswith("'k19' and 10 more")
     nothing = salvage(None, b"#", "shop")
     assert (nothing.state.entries, len(nothing.lost)) == ({}, 2)
 
@@ -182,7 +182,7 @@ def test_a_snapshot_of_another_program() -> None:
     found = salvage(snapshot, journal.header("shop", "salt", "9-01234567") + frames, "shop")
     assert found.state.entries.keys() == {"a"}
     assert found.lost == [
-        "the changes 1 to 1 of 'x': they follow another snapshot",
+        "change 1 of 'x': made after another snapshot",
         "a record of 2 bytes, which is not the JSON of a record",
     ]
     base = journal.base_of(len(snapshot), zlib.crc32(snapshot))
@@ -201,7 +201,7 @@ async def test_the_whole_state_in_a_journal(tmp_path: Path) -> None:
         data = (tmp_path / "state" / "shop.journal").read_bytes()
     found = salvage(None, data + b"torn", "shop")
     assert len(found.state.entries) == 5
-    assert found.lost == ["the last 4 bytes of the journal are not a whole record; they were never acknowledged"]
+    assert found.lost == ["the end of the journal, 4 bytes, is not a whole record; it was never acknowledged"]
     followed = b'{"a":1,"$lab_state":{"format":1,"revision":1,"id":"743364091beeb863","wall":1,"followed":true,"crc32":"%08x"}}'
     whole = followed.split(b',"crc32"')[0]
     found = salvage(followed % zlib.crc32(whole), None, "shop")

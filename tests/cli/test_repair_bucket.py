@@ -110,7 +110,7 @@ async def test_records_that_are_damaged_or_not_of_the_state(damaged: Damaged) ->
     assert saved.lost == [
         f"{place}/{second} is damaged; it was acknowledged",
         f"{place}/{STRAY} has a number that no writer reaches, so it is not part of the state",
-        "the changes 5 to 5 of 'f': changes before them are missing",
+        "change 5 of 'f': earlier changes are missing",
     ]
     assert found == {"a": 1, "b": 1, "c": 1, "short": 1, "d": 1}
     assert STRAY not in damaged.bucket.keys(JOURNAL)
@@ -179,13 +179,17 @@ def test_what_can_be_saved_of_objects() -> None:
     found = pieces(
         None, None, {1: fence, 9: NumberedObject(record(0, "x"), "none"), 11: NumberedObject(record(1, "y"), None)}
     )
-    assert found.lost == ["the objects s3://b/shop.journal/00000000000000000010 to 10 are missing"]
+    assert found.lost == ["s3://b/shop.journal/00000000000000000010 is missing"]
     assert found.state.entries.keys() == {"x", "y"}
+    found = pieces(
+        None, None, {1: fence, 7: NumberedObject(record(0, "x"), "none"), 10: NumberedObject(record(1, "y"), None)}
+    )
+    assert found.lost == ["the objects s3://b/shop.journal/00000000000000000008 to 9 are missing"]
     found = pieces(None, None, {1: fence, 9: NumberedObject(record(3, "x"), "own")})
-    assert found.lost == ["the snapshot is missing", "the changes 4 to 4 of 'x': changes before them are missing"]
+    assert found.lost == ["the snapshot is missing", "change 4 of 'x': earlier changes are missing"]
     assert found.highest == 4
     found = pieces(snapshot, None, {1: fence, 2: NumberedObject(record(0, "x"), "12-01234567")})
-    assert found.lost == ["the changes 1 to 1 of 'x': they follow another snapshot"]
+    assert found.lost == ["change 1 of 'x': made after another snapshot"]
     assert found.state.entries.keys() == {"a"}
     found = pieces(snapshot, None, {1: fence, 2: NumberedObject(record(0, "x"), None)})
     assert (found.lost, sorted(found.state.entries)) == ([], ["a", "x"])

@@ -64,7 +64,7 @@ async def test_each_writing_subcommand_on_each_kind_of_state(world: World, tmp_p
         view = await read_state("shop", world.storage())
         assert view._expiry("b") == 99999999999999
         loaded = await world.run("load", "--replace", world.state, *depose(world), given='{"z": null}')
-        assert (loaded.code, loaded.out) == (0, "loaded 1 keys; revision 10\n")
+        assert (loaded.code, loaded.out) == (0, "loaded 1 key; revision 10\n")
         assert await world.reading() == {"z": None}
         if world.manager is not None:
             assert (await world.manager.get("z"), world.manager.revision) == (None, 10)

@@ -214,9 +214,10 @@ async def test_a_state_of_a_dead_process_is_read(tmp_path: Path) -> None:
 
 async def test_a_mistyped_name_leaves_nothing(tmp_path: Path) -> None:
     """Reading a name without a state is an error with its path, and creates neither file nor directory."""
-    for directory in (tmp_path, tmp_path / "missing" / "deep"):
-        with pytest.raises(UnsupportedError, match=r"there is no state at .*lab\.json: check the name"):
-            await read_state(NAME, FileStorage(directory))
+    with pytest.raises(UnsupportedError, match=r"there is no state at .*lab\.json: check the name"):
+        await read_state(NAME, FileStorage(tmp_path))
+    with pytest.raises(UnsupportedError, match=r"there is no directory .*/missing/deep: check the path"):
+        await read_state(NAME, FileStorage(tmp_path / "missing" / "deep"))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(UnsupportedError, match="a part of the path is a file"):

@@ -119,7 +119,9 @@ def _problems(names: Names, start: int, listed: list[int], found: dict[int, Numb
         if number > MOST_NUMBER:
             yield f"{names.url(names.record(number))} has a number that no writer reaches, so it is not part of the state"
             continue
-        if number > before + 1:
+        if number == before + 2:
+            yield f"{names.url(names.record(before + 1))} is missing"
+        elif number > before + 2:
             yield f"the objects {names.url(names.record(before + 1))} to {number - 1} are missing"
         if number not in found:
             yield f"{names.url(names.record(number))} is missing, but the store lists it"
