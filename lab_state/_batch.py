@@ -190,8 +190,8 @@ class Batch:
     def _merge_older(self) -> Iterator[None]:
         """Copy the older changes of other keys into `_changes`, in steps.
 
-        A commit may take the older changes meanwhile, or put them back. Then the next call removes the copies, and the
-        call after that copies the changes that are unflushed then.
+        A commit may take the older changes meanwhile, or put them back. Then the next call of this method removes the
+        copies, and the call after that copies the changes that are unflushed at that time.
         """
         if self._older is not None:
             self._older, self._changes = None, {}

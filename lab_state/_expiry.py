@@ -116,7 +116,7 @@ class Expiries:
         return key in self._second or (self._fresh is not None and key in self._fresh)
 
     def time_of(self, key: str) -> int:
-        """Return the expiry of a key that is in the index, in milliseconds. All keys of `replace` must be merged."""
+        """Return the expiry of a key that is in the index, in milliseconds. `merge_replaced` must have merged all keys."""
         return self._buckets[self._second[key]][key]
 
     def add(self, key: str, at: int) -> None:
@@ -166,7 +166,7 @@ class Expiries:
     # Changes of many keys
 
     def replace(self, stale: Expiries, fresh: Expiries) -> None:
-        """Replace the expiries of many keys. All keys of an earlier call must be merged.
+        """Replace the expiries of many keys. `merge_replaced` must have merged all keys of an earlier call.
 
         Args:
             stale: Keys of this index whose expiry is no longer valid, with that expiry.
@@ -200,7 +200,7 @@ class Expiries:
         return True
 
     def popped(self) -> tuple[str, int]:
-        """Remove one of the keys, and return it with its expiry. The index must have a key. All keys of `replace` must be merged."""
+        """Remove one of the keys, and return it with its expiry. The index must have a key, and `merge_replaced` must have merged all keys."""
         key, second = self._second.popitem()
         bucket = self._buckets[second]
         at = bucket.pop(key)

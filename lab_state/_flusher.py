@@ -150,7 +150,7 @@ class Flusher(Outcomes):
             self._wake_up()
 
     def abort(self) -> StorageSession:
-        """End without a write, as in a crash, and return the open session. This is for tests, and for a start that fails."""
+        """End the task without a write, as in a crash, and return the open session. This is for tests, and for a start that fails."""
         self._stopping = self._aborted = True
         self.remember()
         self._end_timers()
@@ -299,7 +299,7 @@ class Flusher(Outcomes):
                 self.checkpoint_if_due()
             except Exception as problem:  # noqa: BLE001 -- all writers depend on this task
                 self._survive(problem)
-            # Let the callers that waited run. If they write now, the next commit begins without another turn of the loop.
+            # Let the waiting callers run. If they write now, the next commit begins without another turn of the loop.
             await asyncio.sleep(0)
         await self._finish()
 

@@ -42,7 +42,7 @@ def is_cancelled() -> bool:
 
 
 def storage_error(problem: BaseException, blame: str = "") -> StorageError:
-    """Return the problem if it is a `StorageError` whose `str()` works. Otherwise return an `UnavailableError` with this cause.
+    """Return the problem if it is a `StorageError` whose `str()` works. Otherwise return an `UnavailableError` with the problem as its cause.
 
     `blame` is added to the message of the new error, after the class of the problem.
     """

@@ -106,7 +106,7 @@ def _single_parts(value: Any, refused: Callable[[Any], bool], *, fields: bool) -
 def single_part(value: Any, refused: Callable[[Any], bool]) -> tuple[object, Any] | None:
     """Return the only part that is not a scalar, as a pair of `parts_of`.
 
-    If there is not exactly one, or a scalar is refused, return `None`.
+    If there is not exactly one such part, or if a scalar is refused, return `None`.
     """
     parts = [*parts_of(value)]
     inner = [pair for pair in parts if pair[1].__class__ not in SCALARS]

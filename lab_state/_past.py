@@ -33,8 +33,8 @@ def check_at(at: object) -> At:
     """Check a moment that a caller has passed.
 
     Raises:
-        TypeError: It is neither an `int` nor a `datetime`.
-        ValueError: It is a `datetime` without a time zone.
+        TypeError: The moment is neither an `int` nor a `datetime`.
+        ValueError: The moment is a `datetime` without a time zone.
     """
     if isinstance(at, datetime):
         if at.tzinfo is None or at.utcoffset() is None:

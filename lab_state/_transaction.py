@@ -25,8 +25,8 @@ class DraftCore(CallCore):
     """The part of a transaction that its handles share; see `CallCore`.
 
     Attributes:
-        changes: The changes of the draft. After the transaction, an empty dict.
-        known: The keys of the state. They are all valid, so they are not checked again. Empty after the transaction.
+        changes: The changes of the draft; an empty dict after the transaction.
+        known: The keys of the state, which are valid and not checked again; empty after the transaction.
         committed: The revision of the state at the end of `conclude`; `None` before that.
     """
 

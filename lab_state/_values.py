@@ -54,7 +54,7 @@ _MOST_DIGITS = 4300
 """msgspec does not read an int with more digits than this. By default, Python does not either."""
 
 _SMALL = 16 * 1024
-"""Bytes. For JSON of a smaller size, a search of the whole value is faster than a binary search for the bad part."""
+"""For JSON with fewer bytes than this, a search of the whole value is faster than a binary search for the bad part."""
 
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 
@@ -86,13 +86,13 @@ check_json: Callable[[Any], object] = msgspec.json.Decoder(Raw).decode
 
 # Each pattern begins with one fixed byte. A search for one byte is ten times as fast as a search for a set of bytes.
 find_ones = re.compile(rb"\xff(?:(?<=[\xd6\xd7\x0c]\xff)|(?<=\xcb\xff)[\xf0-\xff])").search
-"""Find in MessagePack a datetime with a zone, or a NaN or infinity with a minus sign."""
+"""Search MessagePack for a datetime with a zone, or for a NaN or infinity with a minus sign."""
 
 find_del = re.compile(rb"\x7f(?<=\xcb\x7f)[\xf0-\xff]").search
-"""Find in MessagePack a NaN or infinity with a plus sign."""
+"""Search MessagePack for a NaN or infinity with a plus sign."""
 
 find_colon = re.compile(rb":\d\d:(?<=[\xa8-\xb5]\d\d:\d\d:)").search
-"""Find in MessagePack a time of day, or a text of 8 to 21 bytes that looks like one."""
+"""Search MessagePack for a time of day, or for a text of 8 to 21 bytes that looks like one."""
 
 
 def encode_value(value: object) -> Value:

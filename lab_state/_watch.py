@@ -184,7 +184,7 @@ class Group:
     def tell(self, changes: Iterable[Told], most: float = math.inf) -> int:
         """Give each change to the watchers of its key. Stop after about `most` steps, and return the number of steps.
 
-        Each change counts as one step. Each watcher that gets it counts as one more.
+        Each change counts as one step. Each watcher that gets the change counts as one more step.
         """
         lengths = list(self._by_length.items())
         steps = 0

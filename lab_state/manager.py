@@ -303,8 +303,8 @@ class Manager(Scope, BackedUp):
     async def stop(self) -> None:
         """Flush, write a checkpoint, and release the state.
 
-        The call continues while bytes are written or sent. It gives up after `Config.stop_timeout` seconds without progress, or
-        at most an eighth of that time later. A flush that fails with `UnavailableError` is tried again, for `Config.stop_timeout`
+        The call continues while bytes are written or sent. If there is no progress for `Config.stop_timeout` seconds, it gives up, at
+        most an eighth of that time later. A flush that fails with `UnavailableError` is tried again, for `Config.stop_timeout`
         seconds at most. A storage call that hangs continues after `stop()` has given up, and the state stays locked until the
         storage call ends. At the end, `stop()` sends the last changes to the cache, for at most one second. A second
         call waits for the end of the first call. A call before `start()` does nothing. If the caller is cancelled, the stop

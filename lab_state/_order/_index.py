@@ -49,7 +49,7 @@ _SAMPLE = 4_096
 """The approximate number of keys that are sorted to find the bounds of the buckets."""
 
 _BUCKET = 1_000
-"""The approximate number of keys in a bucket. With more than a million keys, buckets are larger, so that there are about 1,000."""
+"""The approximate number of keys in a bucket. With more than a million keys, the buckets are larger, so that there are about 1,000 buckets."""
 
 _KEYS_IN_STEP = 2_000
 """The approximate number of keys that a step of the build takes, distributes or sorts."""
@@ -80,7 +80,7 @@ def bounds(prefix: str, after: str | None = None, *, reverse: bool = False) -> t
 
 
 def _above(prefix: str) -> str | None:
-    """Return the smallest text above each text that starts with `prefix`; `None` if there is none."""
+    """Return the smallest text above all texts that start with `prefix`; `None` if there is none."""
     stem = prefix.rstrip("\U0010ffff")
     return stem[:-1] + chr(ord(stem[-1]) + 1) if stem else None
 
@@ -154,7 +154,7 @@ class Index:
         self._gone.clear()
 
     def is_too_old(self, entries: Held) -> bool:
-        """Return whether a new index costs no more than to look up the touched keys. This bounds the memory of an unused index."""
+        """Return whether a new index costs no more than looking up the touched keys. This bounds the memory of an unused index."""
         return len(self._touched) + len(self._waiting) > max(len(entries) // 4, SMALL)
 
     # Steps

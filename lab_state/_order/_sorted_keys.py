@@ -5,9 +5,9 @@ Theory of operation. The keys are in sorted tuples, the chunks. A chunk has 1 ke
 over the lengths of the chunks. It gives the number of keys before a chunk in O(log n). When chunks
 are split, joined, added or removed, the tree is dropped. The next call that needs it makes a new one, in O(n / SIZE).
 
-A change replaces the tuple of a chunk, for two reasons. A caller may keep chunks, because they never
-change. The garbage collector does not track a tuple of strings, whereas lists with a million keys add
-about 30 ms to each full collection. But with tuples, adding a key takes 7 µs instead of 3 µs (measured with
+A chunk is a tuple, and not a list, for two reasons. A caller may keep a chunk, because it never changes.
+The garbage collector does not track a tuple of strings, whereas lists with a million keys add about
+30 ms to each full collection. But with tuples, adding a key takes 7 µs instead of 3 µs (measured with
 a million keys in memory in random order).
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 SIZE = 256
-"""The number of keys of a new chunk. A chunk with twice as many keys is split. A chunk with less than a quarter is joined with another.
+"""The number of keys of a new chunk. A chunk with twice as many keys is split. A chunk with less than a quarter as many keys is joined with another.
 
 With a size of 1,000, adding a key takes twice as long as with 256. With 128 it takes as long as with 256.
 """
