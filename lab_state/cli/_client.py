@@ -1,6 +1,6 @@
 """A client of a running shared state, without a copy of the state. Each call is sent to the owner.
 
-The client is a process of the shared state as a worker is, but it applies no record. So it starts at once, however
+The client is a process of the shared state, but it applies no record. So it starts at once, however
 large the state is. A call is numbered. If the owner ends without an answer, the client connects to the next owner, and
 sends the call once more with the same number and id. The next owner finds the result in its table, or executes the
 call. So the call is made once, or not at all.
@@ -142,7 +142,7 @@ class Client:
         return taken
 
     def answered(self, answer: Answer) -> None:
-        """Give the answer to the open call. An answer to another call is not possible, and is ignored."""
+        """Give the answer to the open call. Ignore an answer to another call."""
         if self._answer is not None and not self._answer.done() and answer.n == self._last:
             self._answer.set_result(answer)
 
@@ -150,7 +150,7 @@ class Client:
         """Make a call, and return its result. `since` is the revision of its check.
 
         Raises:
-            ConflictError: The check does not hold: a key of it has changed after `since`. Nothing was changed.
+            ConflictError: The check does not hold: one of its keys has changed after `since`. Nothing was changed.
             InvalidValueError: The call is too large for one message.
             UnavailableError: No owner has answered for 10 s. `outcome` says whether the call was made.
             StorageError: The owner could not write. The change may still become durable.
@@ -202,7 +202,7 @@ class Client:
         """Wait until the owner has named a revision as durable.
 
         Raises:
-            UnavailableError: This took 10 s, or the owner has ended.
+            UnavailableError: The owner has not named such a revision within 10 s, or has ended.
         """
         connection = self._connection
         assert connection is not None

@@ -26,7 +26,7 @@ from lab_state.storage.file import FileStorage
 _ROOM = 4 * 1024 * 1024
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _SHARED = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs", "glusterfs")
-"""File systems that other machines may use at the same time. A lock and a sync may do less there."""
+"""File systems that other machines may use at the same time. On these, a lock and a sync may guarantee less."""
 
 
 class Line(NamedTuple):

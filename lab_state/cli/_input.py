@@ -1,4 +1,4 @@
-"""Parse what a user gives to a writing subcommand, and decide whether a key has changed. Pure."""
+"""Parse the input of a writing subcommand, and decide whether a key has changed. Pure."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ async def restore(
 
 
 async def _compare(output: Output, state: Target, storage: Storage, moment: int | datetime, *, json: bool) -> None:
-    """Print what a restore in place would change."""
+    """Print the changes that a restore in place would make."""
     then = await read_state(state.name, storage, at=moment)
     now = await read_state(state.name, storage)
     counts = {"added": 0, "removed": 0, "changed": 0}

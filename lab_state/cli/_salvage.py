@@ -87,7 +87,7 @@ def salvage_objects(pieces: Pieces) -> Salvaged:
 
 
 def _is_foreign(snapshot: bytes) -> bool:
-    """Return whether another program wrote a snapshot, and the snapshot is intact. It has no revision, so it is not known which records follow it."""
+    """Return whether another program wrote a snapshot, and the snapshot is intact. Such a snapshot has no revision, so it is not known which records follow it."""
     try:
         return decode_snapshot(snapshot, "the snapshot").revision == 0
     except CorruptionError:

@@ -45,7 +45,7 @@ class Writer(Protocol):
     """The writing calls of the command. Each returns when its change is durable."""
 
     async def set(self, key: str, value: Any, ttl: float | None, since: int | None) -> int:
-        """Store a value, and return the revision. With `since`, do it only if the key has not changed after this revision.
+        """Store a value, and return the revision. With `since`, store the value only if the key has not changed after this revision.
 
         Raises:
             ConflictError: The key was changed, or the records do not show whether it was. Nothing was written.
