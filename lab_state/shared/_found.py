@@ -196,7 +196,7 @@ async def settle(session: StorageSession, base: State, tail: list[ParsedRecord])
 
 
 class Settling:
-    """The snapshot of the whole state that a new owner has found. If the storage settles the state with the whole state, the frame has this snapshot."""
+    """The snapshot of the whole state that a new owner has found. If the storage writes the whole state as one frame, the frame has this snapshot."""
 
     def __init__(self, base: State, tail: list[ParsedRecord]) -> None:
         """Prepare the snapshot of a state with the records after it."""

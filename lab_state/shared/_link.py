@@ -101,7 +101,7 @@ class Link:
     """A connection to the owner.
 
     Attributes:
-        heard: The owner's time in the last message, in nanoseconds; `None` before the first.
+        heard: The owner's time in the last message, in nanoseconds; `None` before the first message.
         is_greeted: Whether an owner has answered the hello. Before that, the other end may be another program.
         is_admitted: Whether calls can be sent: from a welcome that admits the client to the farewell or the end.
     """

@@ -49,7 +49,7 @@ class Surroundings(NamedTuple):
         make_mirror: A function that returns a writer of the mirror; `None` if there is no cache. It must not refer
             to the manager. Otherwise a manager that was dropped could not be garbage-collected.
         started_at: The place in the application that started the manager.
-        schema: The schema of the code, with what a start needs to use it.
+        schema: The schema of the code, with the other objects that a start needs to use it.
     """
 
     storage: FileStorage
@@ -170,7 +170,7 @@ class Owner:
         await self._claim.release()
 
     def watched(self) -> None:
-        """Tell the sweeper whether this process or a follower has a watch. While one has, keys are deleted when they are due, and not only once a second."""
+        """Tell the sweeper whether this process or a follower has a watch. While there is a watch, keys are deleted when they expire, and not only once a second."""
         is_watched = bool(self._copy.watchers) or self.server.is_watched
         assert self._sweeper is not None  # `own` has created it
         if is_watched is not self._is_watched and not self._is_ending:

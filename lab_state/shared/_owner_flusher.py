@@ -75,7 +75,7 @@ class OwnerFlusher(Flusher, Generic[C]):
     Attributes:
         engine: The engine, which executes the calls.
         last_records: The last durable records, for clients that connect with a copy.
-        turn_ended: A callback. It is called when a call has ended that was executed in steps, or that has waited for such a call.
+        turn_ended: A callback for the end of each call that was executed in steps, or that has waited for such a call.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a different type
@@ -174,7 +174,7 @@ class OwnerFlusher(Flusher, Generic[C]):
             TypeMismatchError: The stored value does not allow the call. Nothing was changed.
             InvalidValueError: The new value cannot be stored. Nothing was changed.
             FencedError: A newer writer owns the state; nothing was changed.
-            StorageError: The change, or a change that the call has read, is not durable yet. It may become durable.
+            StorageError: The change, or a change that the call has read, is not durable yet, and may become durable later.
         """
         self._check_call()
         if self.is_busy or self.engine.is_large(call):
@@ -209,7 +209,7 @@ class OwnerFlusher(Flusher, Generic[C]):
 
         Raises:
             FencedError: A newer writer owns the state; nothing was changed.
-            StorageError: The change, or a change that the call has read, is not durable yet. It may become durable.
+            StorageError: The change, or a change that the call has read, is not durable yet, and may become durable later.
         """
         self._check_call()
         if key is not None and self.engine.attempts.is_awaited(key):
@@ -223,7 +223,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         return await self._answer(executed)
 
     async def _let_go_first(self, key: str) -> None:
-        """Wait until no attempt of a client to change a key is awaited, for at most 10 ms."""
+        """Wait until no attempt of a client to change this key is awaited, for at most 10 ms."""
         attempts, until = self.engine.attempts, self.loop.time() + PATIENCE / 1e9
         while attempts.is_awaited(key) and self.loop.time() < until:
             made = self._attempts.get(key)
