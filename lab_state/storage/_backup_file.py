@@ -53,7 +53,7 @@ class BackupFile:
         """Sync the file, rename it, and sync its directory.
 
         Raises:
-            StorageError: This failed. If it failed before the rename, the older backup is unchanged.
+            StorageError: One of these steps failed. If the rename was not made, the older backup is unchanged.
         """
         self._new.finish()
         found = lookup.fingerprint(self._new.path)

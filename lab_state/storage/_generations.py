@@ -87,7 +87,7 @@ def format_name(file: HistoryFile) -> str:
 
 
 def parse_name(name: str) -> HistoryFile | None:
-    """Return the file that has this name. Return `None` for a name that `format_name` does not make, as of a foreign file."""
+    """Return the file that has this name. Return `None` for a name that `format_name` does not make, such as the name of a foreign file."""
     if (found := _NAME.fullmatch(name)) is None:
         return None
     first, wall = int(found["first"]), int(found["wall"])
@@ -364,7 +364,7 @@ def described(moment: Moment) -> str:
 
 
 def text_of(wall: int) -> str:
-    """Return a time in milliseconds since 1970 as ISO 8601 in UTC; as a number if the calendar does not have it."""
+    """Return a time in milliseconds since 1970 as ISO 8601 in UTC, or as a number if the calendar does not have this time."""
     try:
         return datetime.fromtimestamp(wall / 1000, UTC).isoformat(timespec="milliseconds")
     except (OverflowError, ValueError, OSError):

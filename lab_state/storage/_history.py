@@ -19,7 +19,7 @@ class FoundGeneration(NamedTuple):
     Attributes:
         span: Its moments.
         size: The number of its bytes.
-        in_use: Whether it is the one that the next start loads.
+        in_use: Whether the next start loads this generation.
         key: The names by which the storage finds it again. Only the storage reads them.
     """
 
@@ -116,7 +116,7 @@ class History(Protocol):
         Raises:
             GoneError: The generation was pruned or replaced since it was listed.
             CorruptionError: The generation is damaged.
-            StorageError: It could not be read.
+            StorageError: The generation could not be read.
         """
         ...
 

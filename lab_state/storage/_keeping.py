@@ -63,7 +63,7 @@ class KeptHistory:
         self._name = name
         self._keeping = keeping
         self._added = 0  # the number of generations that were added since the last call of `prune`
-        self._is_settled = False  # whether the journal in use is linked, or this has failed
+        self._is_settled = False  # whether the journal in use is linked, or the link has failed
         # Whether the start found the journal in use. Then its bytes may be only in the page cache.
         self._is_found = True
         self._is_named = False  # whether this session has synced the name of the directory
@@ -146,7 +146,7 @@ class KeptHistory:
         return any(not link.file.is_snapshot for link in found)
 
     def prune(self) -> None:
-        """Delete the generations that are not kept any longer, after a checkpoint. If this fails, the next checkpoint tries again.
+        """Delete the generations that are no longer kept, after a checkpoint. If this fails, the next checkpoint tries again.
 
         The worker for checkpoints calls this.
         """

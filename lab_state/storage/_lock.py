@@ -318,7 +318,7 @@ def read_holder(path: str) -> LockHolder | None:
 def is_here(holder: LockHolder) -> bool:
     """Return whether the process that a lock file names runs on this machine.
 
-    Containers of one machine have different host names, and different machines may have equal ones.
+    Containers of one machine have different host names, and different machines may have equal host names.
     So the boot ids of the kernels are compared, if both are known. Otherwise the host names are compared.
     """
     return holder.kernel == _boot() if holder.kernel and _boot() else holder.host == _host()

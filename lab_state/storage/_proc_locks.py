@@ -7,7 +7,7 @@ The file has a line for each lock, and a line with an arrow for each process tha
 
 The line of a lock has the pid of the process that took it. That process may have ended, if a child
 inherited the lock. A holder in another pid namespace has no line, or a line with the pid 0.
-The device is the one of the file system. On most file systems it is equal to `st_dev` of `stat`.
+The device is that of the file system. On most file systems this number is equal to `st_dev` of `stat`.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Forgetter(Protocol):
     """A session that can free the memory of its recovery."""
 
     def forget_recovery(self) -> None:
-        """Drop the snapshot and the records of the recovery. They must have been loaded, or are no longer needed."""
+        """Drop the snapshot and the records of the recovery. Call this when they are loaded, or no longer needed."""
         ...
 
 

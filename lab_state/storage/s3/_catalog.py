@@ -1,7 +1,7 @@
 """The states in a bucket: their list, and the removal of one.
 
 A state that was removed and keeps its history leaves an object in the place of its snapshot: an empty state with the mark
-`REMOVED` in its metadata. It covers all records. So the numbers go on when a state of this name is made again, and the
+`REMOVED` in its metadata. This object covers all records. So the numbers go on when a state of this name is made again, and the
 history stays in order. A state without a history leaves nothing. Its records are deleted in order. So if the call is interrupted,
 the remaining records begin with a gap, and a start refuses them.
 """

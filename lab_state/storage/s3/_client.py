@@ -200,7 +200,7 @@ class Requests:
     async def page(
         self, prefix: str, after: str, token: str | None = None, tries: Tries | None = None
     ) -> tuple[dict[str, int], str | None]:
-        """Return one page of the result of `sizes`, and the token of the next page. After the last page it is `None`."""
+        """Return one page of the result of `sizes`, and the token of the next page; `None` after the last page."""
         where: dict[str, Any] = {"StartAfter": after} if token is None else {"ContinuationToken": token}
 
         async def once(client: Client, _: Limit) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class Requests:
         return sizes, page.get("NextContinuationToken") if page.get("IsTruncated") else None
 
     async def level(self, above: str) -> list[str]:
-        """Return the keys that begin with `above`. If a slash follows later in a key, return only the part up to it, once."""
+        """Return the keys that begin with `above`. If a slash follows later in a key, return only the part up to that slash, once."""
         found: list[str] = []
         where: dict[str, Any] = {}
         tries = self.tries("listing", above)

@@ -40,7 +40,7 @@ value is the size and the CRC-32 of that snapshot.
 OWN_BASE = "own"
 
 REMOVED = "labstateremoved"
-"""The metadata key of an object in the place of the snapshot of a state that was removed, and whose history was not."""
+"""The metadata key of the object that replaces the snapshot when a state is removed and its history is kept."""
 
 KEPT = "labstatekept"
 """The metadata key for the number of the last record that belongs to a history; 0 if there is no history."""
@@ -65,7 +65,7 @@ class Older(NamedTuple):
 
     Attributes:
         seq: The number of the last record that it covers.
-        wall: Its recorded time, in milliseconds since 1970. If it has none, the time at which it was copied.
+        wall: Its recorded time, in milliseconds since 1970; the time of the copy if it has no recorded time.
     """
 
     seq: int

@@ -4,8 +4,8 @@ A generation is a snapshot with the records after it, up to the next snapshot. B
 snapshot is copied under a separate key. The records keep their keys. If the copy fails, no record is missing: the records
 after the missing snapshot belong to the generation before it.
 
-A session does not copy each snapshot, because the records after the last copy lead to it. It copies the snapshot that it has
-found at its start. Later it copies a snapshot that it has written, if there are many records since the last copy, or if these
+A session does not copy each snapshot, because the records after the last copy lead to it. The session copies the snapshot that
+it has found at its start. Later it copies a snapshot that it has written, if there are many records since the last copy, or if these
 records have more bytes than the snapshot.
 
 The store makes the copy, on the condition that the snapshot still has its ETag. Without this condition, a request that arrives
@@ -43,7 +43,7 @@ class Keeper:
     """The history of a state that this session has open."""
 
     def __init__(self, store: Requests, names: Names, limits: Limits, fence: int) -> None:
-        """Begin for a session. `fence` is the number of the fence of this session."""
+        """Set the attributes. `fence` is the number of the fence of this session."""
         self._failures = 0
         self._store = store
         self._names = names
@@ -127,7 +127,7 @@ class Keeper:
         return round(self._store.time.clock.time() * 1000)
 
     async def copy(self, source: str, found: ObjectInfo, target: str) -> bool:
-        """Copy an object. Return False if the object is not `found` any longer.
+        """Copy an object. Return False if the object is no longer `found`.
 
         Raises:
             StorageError: The object could not be copied.

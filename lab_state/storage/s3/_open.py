@@ -200,10 +200,10 @@ class NumberedObject(NamedTuple):
 
 
 async def fetch(store: Requests, names: Names, wanted: list[int], into: dict[int, NumberedObject]) -> bool:
-    """Fetch the objects with these numbers, `AT_ONCE` at a time, unless they are there. Return False if one of them is missing.
+    """Fetch the objects with these numbers, `AT_ONCE` at a time, except those that `into` has. Return False if one of them is missing.
 
     Raises:
-        CorruptionError: One of them is damaged.
+        CorruptionError: One of the objects is damaged.
         StorageError: See `Requests.get`.
     """
     left = iter([number for number in wanted if number not in into])

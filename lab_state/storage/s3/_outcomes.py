@@ -37,7 +37,7 @@ CERTIFICATE = "CertificateError"
 """The code of a failure: the certificate of the server was not accepted."""
 
 TLS = "TLSError"
-"""The code of a failure: both sides did not agree on a TLS protocol."""
+"""The code of a failure: the two sides did not agree on a TLS protocol."""
 
 MISSING_FILE = "FileNotFoundError"
 """The code of a failure: a file in the settings of the client is missing."""
@@ -62,7 +62,7 @@ class Next(Enum):
 
     COMMITTED = "the object is ours"
     REPEAT = "send the same bytes with the same id again"
-    UNQUOTE = "send it again with the ETag unquoted, because some stores compare unquoted ETags"
+    UNQUOTE = "send the request again with the ETag unquoted, because some stores compare unquoted ETags"
     LOST = "another writer's object is there"
     GONE = "the object no longer exists"
 

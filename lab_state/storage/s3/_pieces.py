@@ -41,7 +41,7 @@ class Pieces(NamedTuple):
 
 
 async def read_pieces(store: Requests, names: Names, fence: int | None = None) -> Pieces:
-    """Read the objects of a state. `fence` is the number of the fence that the caller has created. It is left out.
+    """Read the objects of a state. `fence` is the number of the fence that the caller has created. This fence is left out.
 
     Raises:
         StorageError: An object could not be read.
