@@ -85,7 +85,7 @@ class Owners:
         self._is_over = True
 
     async def _let_work(self, started: int) -> None:
-        """Let the owner work for a second, and until as many workers have started, those that were killed included."""
+        """Let the owner work for a second, and until this number of workers have started. Workers that were killed count, too."""
         end = time.monotonic() + BETWEEN
         while time.monotonic() < end or self._server.started < started:
             if time.monotonic() > end + PATIENCE:

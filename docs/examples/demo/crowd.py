@@ -44,7 +44,7 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """The answers a second."""
+        """The number of answers per second."""
         return self._answers / max(time.monotonic() - self._began, 1e-6)
 
 

@@ -60,7 +60,7 @@ class Server:
 
     @property
     def started(self) -> int:
-        """The number of workers that have started, those that were killed since included."""
+        """The number of workers that have started, including those that were killed since."""
         return self._said().count(STARTED)
 
     def _said(self) -> str:
@@ -95,7 +95,7 @@ class Server:
         assert self._process is not None
         self._process.terminate()
         deadline = time.monotonic() + PATIENCE
-        while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110 -- no event tells of it
+        while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110 -- no event reports its end
             await asyncio.sleep(0.02)
         # uvicorn passes the signal on to itself when it has ended gracefully.
         if self._process.returncode not in {0, -signal.SIGTERM}:
