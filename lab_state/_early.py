@@ -18,7 +18,7 @@ MANY_BYTES = 8 * 1024 * 1024
 """The estimated number of changed bytes at which a flush starts early."""
 
 LOOK_EVERY = 1 / 16
-"""Seconds between two estimates. A float holds this number exactly, so a test can compute the times exactly."""
+"""The seconds between two estimates. A float holds this number exactly, so a test can compute the times exactly."""
 
 _MEASURED_AT_ONCE = 20_000
 

@@ -155,7 +155,7 @@ async def _load_from(history: History, name: str, found: FoundGeneration, at: At
     """Read one generation up to a moment.
 
     Raises:
-        GoneError: A checkpoint has replaced it meanwhile, or it was pruned.
+        GoneError: A checkpoint has replaced the generation meanwhile, or the generation was pruned.
     """
 
     async def read(_: str) -> Reading:

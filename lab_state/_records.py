@@ -33,7 +33,7 @@ _MOST_FIELDS, _LONGEST_NAMES = 32, 1024  # for more keys, or more characters in 
 _MOST_CLASSES = 256  # when `_classes` has this many items, all of them are dropped
 
 _classes: dict[tuple[str, ...], Any] = {}
-"""For the keys of a record: the type of a list of such records, `None` if msgspec refuses the keys, or the bytes seen so far."""
+"""The type of a list of records, by the keys of the records; `None` if msgspec refuses the keys. Before `_ENOUGH`, the bytes seen so far."""
 
 
 def is_flat(value: Any, size: int) -> bool:

@@ -61,7 +61,7 @@ async def restore_state(
 
     Args:
         name: The name of the state that has the moment.
-        storage: The storage that contains it: a `FileStorage` or an `S3Storage`.
+        storage: The storage that contains this state: a `FileStorage` or an `S3Storage`.
         at: The moment: a revision, or an aware `datetime`; see `read_state`.
         into: The name of the restored state: the same name, or the name of a state that does not exist.
         clock: A clock for tests. By default it is the clock of the machine.

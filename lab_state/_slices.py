@@ -151,7 +151,7 @@ class Unsliced(NamedTuple):
 
 
 def unsliced(data: bytes | memoryview) -> Generator[None, None, Unsliced | None]:
-    """Decode the slices of a text, and yield after each. Return `None` if the text was not written in slices.
+    """Decode the slices of a text, and yield after each slice. Return `None` if the text was not written in slices.
 
     The frame is not decoded here. The text is JSON with these contents only if the frame is JSON.
     """

@@ -23,7 +23,7 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 _LOOK_AGAIN = 1.0
-"""Seconds after which a waiting call checks again that the event loop of the manager runs."""
+"""The seconds after which a waiting call checks again that the event loop of the manager runs."""
 
 _ENDED = "the event loop of the manager does not run; wait for all threads that use `blocking` before you stop the event loop"
 

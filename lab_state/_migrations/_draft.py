@@ -110,8 +110,8 @@ class MigrationCore(CallCore):
 
     Attributes:
         refused: The key whose value was refused last; `None` if none was.
-        changes: The changes of the draft. After the end, an empty dict.
-        beneath: The entries of the loaded state. After the end, an empty dict.
+        changes: The changes of the draft; an empty dict after the end of the migration.
+        beneath: The entries of the loaded state; an empty dict after the end of the migration.
         is_timed: Whether a key of the loaded state expires.
     """
 

@@ -84,7 +84,7 @@ class CacheSession(Protocol):
                 nothing is done. A mirror of this writer is always replaced.
 
         Returns:
-            Whether the mirror was replaced. It is also False if the cache has dropped slices.
+            Whether the mirror was replaced. The result is also False if the cache has dropped slices.
         """
         ...
 
