@@ -29,9 +29,9 @@ if sys.platform != "win32":  # pragma: no branch -- never run there
 _logger = Log(logging.getLogger("lab_state"))
 
 _GET_FLAGS = 0x80086601
-"""Linux: `FS_IOC_GETFLAGS`."""
+"""The number of the request `FS_IOC_GETFLAGS` in Linux."""
 _UNCHANGEABLE = 0x10 | 0x20
-"""Linux: `FS_IMMUTABLE_FL` and `FS_APPEND_FL`, which `chattr` sets."""
+"""The flags `FS_IMMUTABLE_FL` and `FS_APPEND_FL` of Linux, which `chattr` sets."""
 
 
 class Paths(NamedTuple):

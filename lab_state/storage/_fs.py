@@ -444,7 +444,7 @@ def sync_names(path: str) -> None:
 
 
 def spool(in_memory: int) -> IO[bytes]:
-    """Return a temporary file without a name. Up to `in_memory` bytes, it is in memory."""
+    """Return a temporary file without a name. As long as it has at most `in_memory` bytes, it is in memory."""
     return tempfile.SpooledTemporaryFile(max_size=in_memory)
 
 

@@ -89,7 +89,7 @@ def has_moved(path: str, opened: OpenFile | None, *, grows: bool = False) -> boo
     Args:
         path: The path.
         opened: The file that the path named before; `None` if there was no file.
-        grows: If true, the file may grow: a new size or time is not a change.
+        grows: Whether the file may grow. Then a new size or time is not a change.
     """
     now = _status(path)
     if now is None or opened is None:

@@ -25,7 +25,7 @@ _BACKLOG = 128
 """The largest number of connections that wait to be accepted. Each of them is one process."""
 
 _PEER = struct.Struct("=iII")
-"""Linux: `struct ucred`, with the process id, the user and the group."""
+"""The format of `struct ucred` in Linux: the process id, the user and the group."""
 
 _NOT_THERE = {errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EPROTOTYPE, errno.ENOTDIR}
 """The errors of `connect` if no process accepts: no file, no listener, a full backlog, another type of file or socket."""

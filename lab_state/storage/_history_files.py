@@ -40,16 +40,16 @@ from lab_state.storage._os_errors import storage_error, translated
 _logger = Log(logging.getLogger("lab_state"))
 
 HEAD_BYTES = 4096
-"""The most bytes of the header of a journal and of the start of the next frame. The name of a state is much shorter."""
+"""The largest number of bytes of the header of a journal, with the start of the next frame. The name of a state is much shorter."""
 
 _END_BYTES = 64 * 1024
-"""The bytes of a snapshot that are read first, from its end, to find its revision."""
+"""The number of bytes at the end of a snapshot that are read first, to find its revision."""
 
 _PLAIN_END = re.compile(rb',"wall":(\d{1,19})(?:,"[a-z_]+":(?:\d+|true))*,"crc32":"[0-9a-f]{8}"\}\}\Z')
 """The end of a snapshot without results of calls. Before it, only the times of keys can follow the head of the reserved member."""
 
 _MEMBER = b'"$lab_state":{'
-"""No key contains this text in a file: a quotation mark in a key has a backslash before it."""
+"""The start of the reserved member. No key in a file contains this text: a quotation mark in a key has a backslash before it."""
 _MEMBER_HEAD = re.compile(rb'"\$lab_state":\{"format":\d+,"revision":(\d{1,19}),')
 _HEAD_MOST = 64
 _PIECE = 1024 * 1024
@@ -119,7 +119,7 @@ def present_files(paths: Paths, name: str, base: str, known: lookup.Fingerprint 
 
 
 def first_revision(paths: Paths, base: str) -> int | None:
-    """Return the first revision of the generation in use, whose journal has this base. Return `None` if it is only in the journal.
+    """Return the first revision of the generation in use, whose journal has this base. Return `None` if this revision is only in the journal.
 
     Raises:
         StorageError: The snapshot cannot be read.
@@ -143,7 +143,7 @@ def _present_snapshot(path: str, base: str, known: lookup.Fingerprint | None) ->
 def _moment(path: str, start: int, end: int) -> Moment:
     """Return the revision and the time of the snapshot in a part of a file. Both are 0 if another program wrote it.
 
-    The times of expiring keys may be many bytes. They are not decoded, because that would block every other thread.
+    The times of expiring keys may take many bytes. They are not decoded, because that would block every other thread.
     """
     size = _END_BYTES
     while True:
@@ -236,7 +236,7 @@ def _link(link: Link, target: str) -> bool:
             os.link(link.path, target, follow_symlinks=False)
         except FileExistsError:
             there = lookup.fingerprint(target)
-            # A copy of a directory may have two files in place of one with two names. The name of a snapshot has its size and checksum.
+            # In a copy of the directory, the two names may belong to two files, and not to one. The name of a snapshot has its size and checksum.
             is_copy = link.file.is_snapshot and there is not None and there.size == link.found.size
             if is_copy or link.found.is_same_file(there):
                 return False

@@ -52,7 +52,7 @@ def _replaced(sizes: Mapping[HistoryFile, int], in_use: InUse) -> list[StoredGen
 
 
 def _age(one: StoredGeneration) -> tuple[int, bool, int, int]:
-    """Return a key that is smaller for an older generation of one life. Several generations may begin with the same revision.
+    """Return a sort key, which is smaller for an older generation of one life. Several generations may begin with the same revision.
 
     Of these, only the newest one has later records. So a snapshot with a journal is newer than a journal with the whole state, whose
     checkpoint has written that snapshot, and newer than a snapshot without a journal. The clock may have been set back in between.

@@ -1,7 +1,7 @@
 """The generations of a state in S3: their list, and the reading of one. Nothing is written.
 
 1. LIST the older snapshots.
-2. Look at the snapshot in use: its end, and the numbers above that of the last record that it covers.
+2. Fetch the end of the snapshot in use, and LIST the records after the last one that it covers.
 3. For each older snapshot, fetch its end, which has its revision and its time, and LIST the records after it.
 4. HEAD the snapshot in use. If it was replaced meanwhile, begin again.
 
@@ -214,7 +214,7 @@ async def _begins(store: Requests, names: Names, kept: dict[Older, int], in_use:
 async def _past_generation(
     store: Requests, names: Names, begin: Begin, following: Begin | None
 ) -> FoundGeneration | None:
-    """Return a generation that is not in use; `None` for records that follow a snapshot which is missing."""
+    """Return a generation that is not in use; `None` for records that follow a missing snapshot."""
     listed = await _between(store, names, begin.seq, MOST_NUMBER if following is None else following.seq)
     end = reach(listed, begin.seq)
     whole = {number: size for number, size in listed.items() if number <= end}
