@@ -32,7 +32,7 @@ class Channel:
 
     Attributes:
         is_open: Whether frames are sent and handled. It is False after `finish` and after the end.
-        kind: The kind of the last frame that was handled. Empty before the first frame, and if the next bytes are not a frame.
+        kind: The kind of the last frame that was handled; empty before the first frame, and if the next bytes are not a frame.
         received_at: The time when bytes were last received, in seconds of the clock. At first, it is the present time.
     """
 

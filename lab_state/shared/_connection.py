@@ -40,7 +40,7 @@ from lab_state.shared._queue import MOST_WAITING
 from lab_state.shared._wire import OtherVersionError, decode_call_in_steps, decode_from_client, encode_for_client
 
 _PATIENCE = 5.0
-"""The time limit in seconds: for the hello of a client, and for reading the last message of the owner."""
+"""The time limit in seconds for the hello of a client, and for reading the last message of the owner."""
 
 _LARGE = 64 * 1024
 """A call with at least this many bytes is decoded in steps."""

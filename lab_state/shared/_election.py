@@ -13,17 +13,17 @@ from lab_state.storage._fs_socket import OwnSocket
 from lab_state.storage._lock import LockHolder
 
 _SOON, _SOON_FOR = 0.001, 0.1
-"""Seconds. After the end of an owner, a process with a copy tries again every `_SOON` seconds, for `_SOON_FOR` seconds."""
+"""After the end of an owner, a process with a copy tries again every `_SOON` seconds, for `_SOON_FOR` seconds."""
 
 _LATER = 0.01
-"""Seconds. After the end of an owner, a process without a copy waits this long. So processes with a copy can take the lock first."""
+"""After the end of an owner, a process without a copy waits for this number of seconds. So processes with a copy can take the lock first."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
 """The first and the longest pause between two attempts in all other cases, in seconds. Each pause is twice as long as the one before."""
 
 _BELIEVED_AFTER = 0.5
-"""Seconds. A lock file may name an owner that cannot be followed. A start fails for this reason only if the content of the file has
-been the same for this time. Before that, the content may be that of an earlier holder.
+"""A lock file may name an owner that cannot be followed. A start fails for this reason only if the content of the file has
+been the same for this number of seconds. Before that, the content may be that of an earlier holder.
 """
 
 _BELIEVED_ATTEMPTS = 3

@@ -39,7 +39,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         name: The name of the state.
         client: The id of the client.
         revision: The revision of the client's copy; `None` if it has none.
-        heard: The time in the last message that the client got from an owner, in nanoseconds; `None` before the first.
+        heard: The time in the last message that the client got from an owner, in nanoseconds; `None` before the first message.
         checks: Whether the client checks its values against the types of its own schema. Otherwise the owner checks them.
     """
 

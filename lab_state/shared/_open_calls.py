@@ -74,7 +74,7 @@ class OpenCalls(Generic[C]):
     """The calls of one client, from its start to its stop.
 
     Attributes:
-        heard: The time in the last message that this client got from an owner, in nanoseconds; `None` before the first.
+        heard: The time in the last message that this client got from an owner, in nanoseconds; `None` before the first message.
         connection: The number of the connection, from 1; 0 before the first welcome.
     """
 

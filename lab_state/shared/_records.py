@@ -30,7 +30,7 @@ from lab_state.shared._results import RecordCalls, ResultTable
 
 _HEAD = re.compile(rb'\{"from":\d+,"to":\d+,"clear":(true|false),"set":\{')
 _MIDDLE = [b'},"delete":[', b'],"expires":{']
-"""The parts of a record that is written in slices, apart from its end."""
+"""The texts between the slices of a record."""
 
 _CONTRADICTION = "a record whose changes contradict each other"
 

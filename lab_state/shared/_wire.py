@@ -90,7 +90,7 @@ _any_version = msgspec.json.Decoder(AnyVersion)
 
 _CHANGE = re.compile(rb'\["change",\d+,\d+,-?\d+,\[')
 _DELETE, _EXPIRES = b'},"delete":[', b'],"expires":{'
-"""The parts of a `MakeChanges` that is written in slices."""
+"""Two of the texts between the slices of a `MakeChanges`."""
 
 _CONTRADICTION = "a call whose changes contradict each other"
 
