@@ -13,7 +13,7 @@ from lab_state.cli._storages import raw_of
 from lab_state.cli._text import time_text
 
 _SHOWN = 80
-"""The number of characters of a value that is shown for people."""
+"""The largest number of characters of a value in a line for people."""
 
 
 class Change(NamedTuple):

@@ -17,7 +17,7 @@ from lab_state.cli._target import parse_state, split_moment
 from lab_state.cli._text import time_text
 
 _SHOWN = 60
-"""The number of characters of a value that is shown for people."""
+"""The largest number of characters of a value in a line for people."""
 
 
 Entry: TypeAlias = Stored | Literal[Absent.MISSING]

@@ -28,7 +28,7 @@ def edited(text: bytes) -> Generator[bytes]:
         ClickException: The editor cannot be started, or failed.
         StorageError: The file could not be written or read.
     """
-    # Only this user can read the directory. So this is also true for files that the editor leaves beside the text.
+    # Only this user can read the directory, and the files that the editor leaves beside the text.
     directory = tempfile.mkdtemp(prefix="lab-state-edit-")
     path = os.path.join(directory, "value.json")
     is_kept = False

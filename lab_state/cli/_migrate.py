@@ -69,7 +69,7 @@ async def migrate(output: Output, schema: str, state: Target, *, dry_run: bool, 
     manager = Manager(Config(name=state.name, flush_interval=None), storage, schema=code)
     async with manager:
         before, revision = view.schema, manager.revision
-        after = manager._core.state.versions.schema  # noqa: SLF001 -- an application has its schema
+        after = manager._core.state.versions.schema  # noqa: SLF001 -- a manager has no public call for the versions
     if json:
         output.one(before=before, after=after, revision=revision)
     elif before == after:

@@ -23,7 +23,7 @@ def shown(text: str, encoding: str = "utf-8") -> str:
 
 
 def as_utf8(path: str) -> str:
-    r"""Return a path as JSON can have it: a byte of it that is not UTF-8 is escaped, as `\udcff`."""
+    r"""Return a path in a form that JSON can have: a byte that is not UTF-8 is escaped, such as `\udcff`."""
     return path.encode("utf-8", "backslashreplace").decode()
 
 

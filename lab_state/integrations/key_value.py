@@ -64,7 +64,9 @@ class LabStateStore:
         """
         if not isinstance(namespace, Namespace):
             raise TypeError(f"a Namespace was expected, such as state.namespace('mcp'); not {namespace!r}")
-        namespace.entry(f"{'c' * LONGEST}/{'k' * LONGEST}", dict)  # raises if the longest possible key is too long
+        namespace.entry(
+            f"{'c' * LONGEST}/{'k' * LONGEST}", dict
+        )  # raises an error if the longest possible key is too long
         self._namespace = namespace
         self.default_collection: Final = default_collection
 

@@ -19,12 +19,12 @@ from lab_state.storage import _fs as fs
 def check_migrations(schema: Schema, directory: str | os.PathLike[str]) -> None:
     """Check that the migrations bring the state of each version to the same newest state.
 
-    The directory has one file for each version: `v1.json`, `v2.json`, and so on. Each has the same state, as code of that version has
+    The directory has one file for each version: `v1.json`, `v2.json`, and so on. Each file has the same state, as code of that version has
     stored it: a plain JSON object of keys and values, or the `.json` of a state after a clean stop. When you add a version, add
     one file. The file of the newest version has the expected result of all migrations. Expiry times are compared as well,
     and each value is checked against the types of the schema.
 
-    The call reads files, and runs the migrations. It needs no event loop, and blocks one.
+    The call reads files, and runs the migrations. It needs no event loop. If one runs, the call blocks it.
 
     Args:
         schema: The schema.
