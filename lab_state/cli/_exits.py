@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 from lab_state.exceptions import (
     ConflictError,
     CorruptionError,
@@ -26,6 +29,10 @@ BROKEN_PIPE = 141
 """The code of a process that SIGPIPE has ended, as a shell shows it."""
 
 
+_RESTORE = re.compile(r"await restore_state\('([\w.-]+)', storage, (\d+), into='\1'\)")
+"""The call that the message of a damaged state with a history has."""
+
+
 class Stop(Exception):  # noqa: N818 -- it may also end a command that has found a difference, which is not an error
     """The end of a subcommand with an exit code, and a message for stderr, if there is one."""
 
@@ -38,6 +45,17 @@ class Stop(Exception):  # noqa: N818 -- it may also end a command that has found
 def no_key(key: str, state: object) -> Stop:
     """Return the end of a subcommand that needs a key that does not exist."""
     return Stop(NOT_FOUND, f"there is no key {key!r} in {state}")
+
+
+def message_of(error: Exception) -> str:
+    """Return the message of an error. In place of the call that restores a damaged state, it has the subcommand."""
+    text = str(error)
+    found = _RESTORE.search(text)
+    if found is None or not isinstance(error, CorruptionError):
+        return text
+    name, revision = found.groups()
+    state = f"{error.path.rpartition(f'/{name}.')[0]}/{name}"
+    return text.replace(found[0], f"lab-state restore {shlex.quote(state)} --at r{revision} --into {name}")
 
 
 def is_missing(error: Exception) -> bool:

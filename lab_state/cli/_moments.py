@@ -15,6 +15,7 @@ from lab_state._restore import restore_state
 from lab_state._state_view import read_state
 from lab_state.cli._changes import Change, of_record, text_of
 from lab_state.cli._diff import differences
+from lab_state.cli._exits import USAGE, Stop, message_of
 from lab_state.cli._output import Output
 from lab_state.cli._storages import check_deposes, described, entries_of, raw_of, storage_at
 from lab_state.cli._target import Place, Target
@@ -44,7 +45,7 @@ async def _listed(state: StateInfo, storage: Storage) -> dict[str, Any]:
     try:
         view = await read_state(state.name, storage)
     except LabStateError as error:
-        return {**members, "live": state.live, "holder": state.holder, "error": str(error)}
+        return {**members, "live": state.live, "holder": state.holder, "error": message_of(error)}
     return {**members, "keys": len(view), **described(view), "live": state.live, "holder": state.holder}
 
 
@@ -58,10 +59,12 @@ def _row(output: Output, members: dict[str, Any]) -> tuple[str, ...]:
 
 async def history(output: Output, state: Target, key: str | None, *, json: bool, nl: bool) -> None:
     """Print the generations of a state, or each stored change of a key."""
+    if json and (nl or key is not None):
+        raise Stop(USAGE, "history prints one object or lines of JSON, and of a key only lines: use --json or --nl")
     storage = storage_at(state.place)
     if key is not None:
         async for change in changes_of_key(storage, state.name, key):
-            if nl or json:
+            if nl:
                 output.json(change.members())
             else:
                 output.line(text_of(change, output.text, output.json_text))

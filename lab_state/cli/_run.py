@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec
 
-from lab_state.cli._exits import INTERRUPTED, UNAVAILABLE, Stop, code_of
+from lab_state.cli._exits import INTERRUPTED, UNAVAILABLE, Stop, code_of, message_of
 from lab_state.cli._output import Output, note
 from lab_state.exceptions import LabStateError
 
@@ -45,7 +45,7 @@ def asynchronous(
         except KeyboardInterrupt:
             raise Stop(INTERRUPTED) from None
         except (LabStateError, ValueError, ImportError) as error:
-            raise Stop(code_of(error), str(error)) from error
+            raise Stop(code_of(error), message_of(error)) from error
         except OSError as error:
             raise Stop(UNAVAILABLE, str(error)) from error
         finally:

@@ -45,8 +45,8 @@ async def keys(
     nl: bool,
 ) -> None:
     """Print the keys with a prefix, in order."""
-    if tree and json:
-        raise Stop(USAGE, "keys --tree can print lines of JSON, but not one object: use --nl in place of --json")
+    if json and (nl or tree):
+        raise Stop(USAGE, "keys prints one object or lines of JSON, and with --tree only lines: use --json or --nl")
     view = await read(state, at)
     found = await view.keys(prefix, after=after, limit=None if tree else limit)
     if tree:

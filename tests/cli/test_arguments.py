@@ -13,7 +13,7 @@ from lab_state import exceptions as errors
 from lab_state._codec import LoadedState, Record
 from lab_state.cli._arguments import complete
 from lab_state.cli._changes import Change, between, newer, of_record, text_of
-from lab_state.cli._exits import code_of
+from lab_state.cli._exits import code_of, message_of
 from lab_state.cli._input import has_changed, parse_lines, parse_object, parse_value
 from lab_state.cli._target import Place, parse_place, parse_state, split_moment
 from lab_state.cli._text import age_text, changes_text, counted, live_text, shown, shown_json, size_text, time_text
@@ -270,6 +270,15 @@ def test_a_path_through_a_file() -> None:
     with pytest.raises(errors.UnsupportedError) as raised, translated("listing", "file/more"):
         raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
     assert code_of(raised.value) == 2
+
+
+@pytest.mark.parametrize("path", ["/my state/shop.json", "/my state/shop.journal", "s3://b/p/shop.journal/0001"])
+def test_the_remedy_names_the_state(path: str) -> None:
+    """The message of damage names the place of the state, quoted for a shell. A call in another error is left as it is."""
+    call = "`await restore_state('shop', storage, 14, into='shop')`"
+    state = "s3://b/p/shop" if path.startswith("s3") else "'/my state/shop'"
+    assert message_of(CorruptionError(path, 0, call)).endswith(f"`lab-state restore {state} --at r14 --into shop`")
+    assert message_of(ValueError(call)) == call
 
 
 def test_a_noun_after_a_number() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,9 @@ async def test_moments_of_a_state(past: Past) -> None:
     changes = (await past.run("history", "--nl", past.state, "gone")).lines
     assert [(one["revision"], one["kind"]) for one in changes] == [(3, "set"), (6, "delete")]
     assert changes[0]["value"] == [1]
+    for more in (["--nl"], ["gone"]):
+        refused = await past.run("history", "--json", past.state, *more)
+        assert (refused.code, refused.out) == (2, "")
     assert [one["revision"] for one in (await past.run("tail", "--nl", "--since", "r5", past.state)).lines] == [6, 7, 8]
 
     outside = await past.run("--at", "r99", "get", past.state, "n")
@@ -136,6 +141,22 @@ async def test_a_list_of_states(tmp_path: Path) -> None:
         assert "stopped" in table[2]
         assert table[3].split()[:6] == ["plain", "1", "9", "B", "0", "-"]
         assert f"pid {os.getpid()}" in table[4]
+
+
+async def test_the_remedy_for_damage_is_a_subcommand(tmp_path: Path) -> None:
+    """If a generation of the history is good, the message has the subcommand that restores it, and this works as it stands."""
+    past = Past("stopped", tmp_path / "a directory's name")
+    past.directory.mkdir()
+    await past.made()
+    path = past.directory / "state" / "shop.json"
+    path.write_bytes(path.read_bytes().replace(b'"n":5', b'"n":7'))
+    (row,) = (await past.run("ls", "--nl", past.place)).lines
+    refused = await past.run("verify", past.state)
+    assert refused.code == 4
+    for message in (refused.err, row["error"]):
+        (remedy,) = re.findall("; `lab-state (restore .*)` restores it", message)
+    assert (await past.run(*shlex.split(remedy))).code == 0
+    assert await past.reading() == {"n": 5}
 
 
 async def test_a_list_of_states_in_a_bucket(tmp_path: Path) -> None:

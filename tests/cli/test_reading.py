@@ -82,7 +82,9 @@ async def test_keys_in_order(tmp_path: Path) -> None:
     assert (await world.run("keys", world.state, "b/", "--json")).json["keys"] == ["b/1", "b/2"]
     tree = await world.run("keys", "--tree", world.state)
     assert tree.out == "a\nb/  (2)\n  1\n  2\nc/  (1)\n  d/  (1)\n    e\n"
-    assert (await world.run("keys", "--tree", "--json", world.state)).code == 2
+    for more in (["--tree"], ["--nl"]):
+        refused = await world.run("keys", "--json", *more, world.state)
+        assert (refused.code, refused.out) == (2, "")
     branches = (await world.run("keys", "--tree", "--nl", "--limit", "2", world.state)).lines
     assert branches == [{"depth": 0, "name": "a", "keys": 1}, {"depth": 0, "name": "b/", "keys": 2}]
 
