@@ -54,6 +54,7 @@ async def test_changes_as_they_come(tmp_path: Path, kind: Kind) -> None:
             await world.manager.set("stock/apple", 1)
             (line,) = await next_lines(run, 1)
             assert (line["revision"], line["kind"], line["key"], line["value"]) == (4, "set", "stock/apple", 1)
+            assert line.keys() == {"revision", "wall", "kind", "key", "value", "expires"}
             await world.manager.set("cart/bob", 1)
             await world.manager.delete("stock/pear")
             (line,) = await next_lines(run, 1)
@@ -113,6 +114,23 @@ async def test_the_owner_changes(tmp_path: Path) -> None:
                 (line,) = await next_lines(run, 1)
                 assert (line["revision"], line["key"]) == (6, "three")
         await world.manager.start()
+
+
+@pytest.mark.parametrize("kind", ["running", "shared"])
+async def test_a_reader_that_closes_the_pipe(tmp_path: Path, kind: Kind) -> None:
+    """The next change then ends the command with code 141, without a word."""
+    world = World(kind, tmp_path)
+    async with world.filled():
+        assert world.manager is not None
+        run = await asyncio.to_thread(start, "watch", world.state, cwd=tmp_path)
+        timer = threading.Timer(30, run.kill)
+        timer.start()
+        await asyncio.to_thread(run.stderr.readline)
+        run.stdout.close()
+        await world.manager.set("a", 1)
+        done = await asyncio.to_thread(run.wait)
+        timer.cancel()
+        assert (done.code, done.err) == (141, "")
 
 
 async def test_a_state_that_is_missing(tmp_path: Path) -> None:
