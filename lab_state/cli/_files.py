@@ -10,7 +10,7 @@ from typing import Literal
 from lab_state._codec import LoadedState
 from lab_state._copy import copy_as, snapshot_of
 from lab_state._loading import load
-from lab_state.cli._exits import CONFLICT, Stop, is_missing
+from lab_state.cli._exits import CONFLICT, USAGE, Stop, is_missing
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
@@ -26,7 +26,12 @@ async def backup(output: Output, state: Target, target: str, *, json: bool) -> N
     found = loaded.state
     thread = Worker(Threads("lab_state backup"))
     try:
-        file = await thread.run(BackupFile, target, own_files(loaded.path))
+        try:
+            file = await thread.run(BackupFile, target, own_files(loaded.path))
+        except UnsupportedError as error:
+            if error.__cause__ is not None:  # an error of the system, such as a missing permission
+                raise
+            raise Stop(USAGE, str(error)) from error
         try:
             await file.write(_slices(found), thread)
             await thread.run(file.publish)

@@ -180,11 +180,17 @@ async def test_keys_and_values_that_no_state_can_have(tmp_path: Path) -> None:
 
 
 async def test_places_that_cannot_be_used(tmp_path: Path) -> None:
-    """An empty directory name is a usage error. A directory in the place of a file, and a missing bucket, are code 5."""
+    """A directory in the place of a file, and a missing bucket, are code 5.
+
+    An empty directory name, and a backup in a directory that is missing or on a file of a state, are usage errors.
+    """
     world = World("stopped in a bucket", tmp_path)
     assert (await world.run("ls", "")).code == 2
     async with Manager("shop", FileStorage(tmp_path / "state")) as state:
         await state.set("a", 1)
+    for target in ("none/backup.json", "state/shop.json"):
+        refused = await world.run("backup", "state/shop", target)
+        assert (refused.code, refused.out) == (2, "")
     (tmp_path / "two" / "shop.json").mkdir(parents=True)
     assert (await world.run("copy", "state/shop", "two/shop")).code == 5
     report = await world.run("doctor", "s3://no-such-bucket/shop")

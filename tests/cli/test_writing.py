@@ -269,8 +269,8 @@ async def test_backup_and_copy(tmp_path: Path) -> None:
         done = await world.run("backup", "--json", world.state, "backup.json")
         size = (tmp_path / "backup.json").stat().st_size
         assert done.json == {"format": 1, "revision": 3, "keys": 4, "bytes": size, "path": "backup.json"}
-        assert (await world.run("backup", world.state, f"{world.state}.json")).code == 5
-        assert (await world.run("backup", world.state, "no/backup.json")).code == 5
+        assert (await world.run("backup", world.state, f"{world.state}.json")).code == 2
+        assert (await world.run("backup", world.state, "no/backup.json")).code == 2
         copied = await world.run("copy", world.state, "two/other")
         assert (copied.code, copied.out) == (0, "two/other: 4 keys, read back and compared\n")
         for target in ("two/other", world.state):
