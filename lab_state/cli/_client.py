@@ -19,6 +19,7 @@ from lab_state._foreign import described
 from lab_state._log import Log
 from lab_state.exceptions import ConflictError, UnavailableError, UnsupportedError
 from lab_state.shared._answers import Refusal, Settled, ended
+from lab_state.shared._election import Doubts
 from lab_state.shared._frames import BadMessageError
 from lab_state.shared._link import Link
 from lab_state.shared._messages import Answer, Call, Failed, Hello, Moved, No, Ok, Raised, Refused, Starting, Welcome
@@ -62,6 +63,7 @@ class Client:
         self._on_record = on_record
         self._id = os.urandom(16).hex()
         self._clock = SystemClock()
+        self._doubts = Doubts(self._clock)
         self._last = 0
         self._unsent: list[bytes] = []
         self._frame: list[bytes] = []
@@ -96,26 +98,28 @@ class Client:
     async def connect_again(self) -> bool:
         """Connect to the next owner, which may not have the lock yet. Return whether there is one.
 
-        If the holder of the lock does not share the state, return False at once.
+        If the holder of the lock does not share the state, return False within a second.
         """
         end = self._clock.monotonic() + _NEXT
         while not await self.connect():
-            if self._clock.monotonic() >= end or await self._is_holder_sharing() is False:
+            if self._clock.monotonic() >= end or not await self.may_appear():
                 return False
             await asyncio.sleep(_AGAIN)
         return True
 
     async def may_appear(self) -> bool:
-        """Return whether the holder of the lock shares the state on this machine. Then an owner listens soon."""
-        return await self._is_holder_sharing() is True
+        """Return whether an owner may listen soon. Call this after each attempt to connect.
 
-    async def _is_holder_sharing(self) -> bool | None:
-        """Return whether the holder of the lock shares the state on this machine. Return `None` if the lock is not held."""
+        It is false if the lock file has named the same process in several attempts, and that process does not share the
+        state on this machine. One attempt is not enough: a process takes the lock first, and announces after it that it shares the state.
+        """
         holder = await self._files.holder(self._name)
-        if holder is None:
-            return None
-        # The first call in a process reads the boot id of the machine, which blocks.
-        return await asyncio.to_thread(self._files.refusal, self._name, holder) is None
+        if holder is not None:
+            # The first call in a process reads the boot id of the machine, which blocks.
+            refusal = await asyncio.to_thread(self._files.refusal, self._name, holder)
+            holder = None if refusal is None else holder
+        self._doubts.add(holder)
+        return not self._doubts.are_over
 
     def welcomed(self, welcome: Welcome) -> None:
         """Note the pid of the owner, and the revision and time of the state. The open call is sent on each connection."""

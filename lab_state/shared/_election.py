@@ -53,7 +53,7 @@ class Election:
         self._owner_timeout = owner_timeout
         self._since = clock.monotonic()
         self._pause = 0.0
-        self._doubts = _Doubts(clock)
+        self._doubts = Doubts(clock)
 
     def ended(self, *, greeted: bool, has_copy: bool) -> None:
         """Note that the connection that `role` returned has ended.
@@ -117,7 +117,7 @@ def _placed(error: StorageError, locked: LockedError) -> StorageError:
     return error
 
 
-class _Doubts:
+class Doubts:
     """The last content of the lock file in one search, if it names an owner that cannot be followed.
 
     Such a content may be that of an earlier holder.
