@@ -1,4 +1,4 @@
-"""Checks of the arguments of calls. Pure and synchronous.
+"""Checks of the arguments of calls. This module does no I/O.
 
 A wrong Python type raises a `TypeError`. Wrong content raises a `ValueError`, often an
 `Invalid...Error`. For keys and values there is another rule: a bad key always raises an

@@ -1,4 +1,4 @@
-"""A change of many keys, which is prepared in steps and then made in one short step. Pure and synchronous.
+"""A change of many keys, which is prepared in steps and then made in one short step. This module does no I/O.
 
 Theory of operation. `Batch.prepare` puts the changes into two new dicts. One becomes the top
 layer of the entries, and the other the unflushed changes. `prepare` also counts the new keys. It does

@@ -1,4 +1,4 @@
-"""The reasons why stored values are not of a type. Pure and synchronous."""
+"""The reasons why stored values are not of a type. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encode changes as records and states as snapshots, and decode both. Pure and synchronous.
+"""Encode changes as records and states as snapshots, and decode both. This module does no I/O.
 
 Both formats are JSON, in version 1:
 

@@ -1,4 +1,4 @@
-"""`Draft`: the changes of a transaction or of a migration, before they are made. Pure and synchronous."""
+"""`Draft`: the changes of a transaction or of a migration, before they are made. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types of stored values, the changes of one commit, and maps in layers. Pure."""
+"""The types of stored values, the changes of one commit, and maps in layers. This module does no I/O."""
 
 from __future__ import annotations
 

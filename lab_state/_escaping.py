@@ -1,4 +1,4 @@
-"""`escape_key` and `escape_name` turn any text into a key, or into the name of a state. Pure and synchronous.
+"""`escape_key` and `escape_name` turn any text into a key, or into the name of a state. This module does no I/O.
 
 Both functions are injective: different texts never have the same result. The proof has four parts.
 

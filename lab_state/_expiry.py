@@ -1,4 +1,4 @@
-"""The expiry of keys, and the index that finds keys that are due. Pure and synchronous.
+"""The expiry of keys, and the index that finds keys that are due. This module does no I/O.
 
 The expiry of a key is a time, in milliseconds since 1970. A key is due from this time on. A value that expires
 is stored together with its expiry, as an `Expiring`. So a view of the entries contains each expiry, and a

@@ -1,6 +1,6 @@
 """Copies of a state that follow its owner step by step: the copies of a shared state, and the local copies of a mirror.
 
-Pure and synchronous. A step has the new values of keys, the deleted keys, and a flag that says whether all keys were deleted
+This module does no I/O. A step has the new values of keys, the deleted keys, and a flag that says whether all keys were deleted
 first. The step is applied to a `State`, so indexes, views and watches work as in a manager. The caller decides
 which steps to apply.
 """

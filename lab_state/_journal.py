@@ -1,6 +1,6 @@
 r"""The journal, format 1: frames, checksums, and the scan that distinguishes a torn tail from damage.
 
-Pure and synchronous. The journal is text, with one frame in each line::
+This module does no I/O. The journal is text, with one frame in each line::
 
     <crc32, 8 hex digits> <payload length> <kind> <payload>\n
 

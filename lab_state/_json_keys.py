@@ -1,9 +1,9 @@
-"""Find two keys of one dict that are one key in JSON, as in `{7: 1, "7": 2}`. Pure.
+"""Find two keys of one dict that are one key in JSON, as in `{7: 1, "7": 2}`. This module does no I/O.
 
 msgspec writes both members, and a reader of the JSON finds only the last one. A dict whose
 keys are all `str` cannot have two such keys. With `order="deterministic"`, msgspec's encoders
 accept only `str` keys, at any depth. So a value is encoded a second time, as MessagePack with this
-option, unless it is a scalar or a flat list of records. If the encoder refuses a value, its JSON is
+option, unless it is a scalar, or `is_flat` of `_records.py` accepts it. If the encoder refuses a value, its JSON is
 examined. `_values.py` also searches the MessagePack for NaN, infinity and times, because JSON has them
 as `null` or as text.
 """
@@ -22,7 +22,7 @@ _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
 _MANY = 32
-"""In a dict with more keys than this, each key is checked, because sorting the keys would take longer."""
+"""If the outermost dict has more keys than this, `have_own_texts` checks them, because the encoder would also sort them."""
 
 
 class _Keys(msgspec.Struct, gc=False):
@@ -43,18 +43,19 @@ check_str_keys = msgspec.msgpack.Encoder(order="deterministic", enc_hook=_other)
 def pack(value: Any) -> bytes | None:
     """Return a value in MessagePack. Return `None` if `check_str_keys` refuses the value.
 
-    The keys of a large outermost dict are left out if `have_own_texts` accepts them, because this check is faster.
+    The keys of a large outermost dict are left out if `have_own_texts` accepts them, because this takes less time than
+    encoding them.
     """
     try:
         if value.__class__ is dict and len(value) > _MANY and have_own_texts(value):
             value = [*value.values()]
         return check_str_keys(value)
-    except Exception:  # noqa: BLE001 -- for any reason, the caller examines the JSON instead
+    except Exception:  # noqa: BLE001 -- the caller then examines the JSON, whatever the error is
         return None
 
 
 def have_own_texts(keys: dict[Any, Any]) -> bool:
-    """Return whether all keys are `str`, or all are `int`. Then no two keys have the same text in JSON.
+    """Return whether all keys are `str`, or all are `int`. If so, no two keys have the same text in JSON.
 
     An object of a subclass of `str` or `int` could have any text, so such keys are not accepted.
     """

@@ -1,4 +1,4 @@
-"""`Layered`: a state on top of another state, its base. It has the changes that are not in the base. Pure and synchronous.
+"""`Layered`: a state on top of another state, its base. It has the changes that are not in the base. This module does no I/O.
 
 Theory of operation. A change goes into `changes`, and the base stays as it is. `changes` is also the top
 layer of `entries`, so one assignment changes both. A read finds the change of a key, or the value in the

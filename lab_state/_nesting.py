@@ -1,4 +1,4 @@
-"""The depth of nesting of JSON, found in about half the time of encoding it. Pure and synchronous.
+"""The depth of nesting of JSON, found in about half the time of encoding it. This module does no I/O.
 
 Short JSON with few brackets is accepted at once. Most of the following steps call a method of `bytes`, which
 is faster than a loop in Python:

@@ -1,4 +1,4 @@
-"""Periods of time that a caller passes, and the check of the arguments for a history. Pure and synchronous."""
+"""Periods of time that a caller passes, and the check of the arguments for a history. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A check of flat lists and dicts, which takes about as long as encoding them. Pure and synchronous.
+"""A check of flat lists and dicts, which takes about as long as encoding them. This module does no I/O.
 
-A flat list or dict has only scalars, or only records. A record is a dict with scalars only. The records
+A flat list or dict has only scalars, or only rows. A row is a dict with scalars only. The rows
 are converted to Structs, slice by slice, and the Structs are dropped. Their class has a field for each
-key of the first record. A field accepts a `str`, an `int`, a `bool`, `None` or a finite float, and
-nothing else. So if all records can be converted, each key is a `str`, and there is no NaN, no time, no
+key of the first row. A field accepts a `str`, an `int`, a `bool`, `None` or a finite float, and
+nothing else. So if all rows can be converted, each key is a `str`, and there is no NaN, no time, no
 `msgspec.Raw`, and no third level of nesting. Such a value needs no other check.
 """
 
@@ -27,13 +27,13 @@ _SLICE = 256
 """The number of items that are converted in one call. The memory of one slice is reused for the next."""
 
 _ENOUGH = 64 * 1024
-"""After this many bytes of records with the same keys, a class is made for them, in 100 to 700 microseconds."""
+"""After this many bytes of rows with the same keys, a class is made for them, in 100 to 700 microseconds."""
 
 _MOST_FIELDS, _LONGEST_NAMES = 32, 1024  # for more keys, or more characters in all keys, no class is made
 _MOST_CLASSES = 256  # when `_classes` has this many items, all of them are dropped
 
 _classes: dict[tuple[str, ...], Any] = {}
-"""The type of a list of records, by the keys of the records; `None` if msgspec refuses the keys. Before `_ENOUGH`, the bytes seen so far."""
+"""The type of a list of rows, by the keys of the rows; `None` if msgspec refuses the keys. Before `_ENOUGH`, the bytes seen so far."""
 
 
 def is_flat(value: Any, size: int) -> bool:
@@ -41,7 +41,7 @@ def is_flat(value: Any, size: int) -> bool:
 
     Args:
         value: The value.
-        size: The number of bytes of its JSON. Below `_LEAST` a value is not examined, so an examined value is never empty.
+        size: The number of bytes of its JSON. Below `_LEAST`, the value is not examined and the result is False.
     """
     if size < _LEAST:
         return False
@@ -82,7 +82,7 @@ def _type_of(first: Any, size: int) -> Any:
 
 
 def _list_of(names: tuple[str, ...]) -> Any:
-    """Return the type of a list of records with these keys; `None` if msgspec does not accept one of the keys."""
+    """Return the type of a list of rows with these keys; `None` if msgspec does not accept one of the keys."""
     fields = {f"f{number}": name for number, name in enumerate(names)}
     try:
         record = msgspec.defstruct(

@@ -1,4 +1,4 @@
-r"""Large JSON in slices, which are encoded and decoded one by one. Pure and synchronous.
+r"""Large JSON in slices, which are encoded and decoded one by one. This module does no I/O.
 
 In a record or a call with many keys, there is a tab before each slice of a large object or array, and before its end::
 

@@ -1,4 +1,4 @@
-"""`read_state`: a state at one moment, read without its lock."""
+"""`read_state` and `StateView`: a state at one moment, read without its lock."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from lab_state.storage._protocol import Storage
 class StateView(Reads):
     """A state as it was at one moment: a copy in memory that never changes.
 
-    `read_state` makes a view. A view has the reading calls of a manager. The time of a view does not advance: it
-    is the time of the call of `read_state`, or the moment `at`. Keys that had expired by then are not in the view.
-    All other keys stay in the view. `expires_in` counts from the time of the view.
+    `read_state` makes a view. A view has the reading calls of a manager. The time of a view does not advance. It is
+    the time at which `read_state` was called. With a `datetime` as `at`, it is that `datetime`. With a revision as `at`,
+    it is `wall`. Keys that had expired by then are not in the view. All other keys stay in the view. `expires_in` counts
+    from the time of the view.
 
     Attributes:
         revision: The number of the last change that the view contains.
         durable_revision: Every change up to this revision is certainly durable. It is lower
-            than `revision` if the last record may still be lost. The reason is that the writer
-            has not synced that record yet, or ended without a sync. The next record or the next
+            than `revision` if the last record may still be lost. This happens while the writer has
+            not synced that record, or if the writer ended before the sync. The next record or the next
             start shows whether it is lost.
-        wall: The time of the writer's wall clock at its last write to the storage, in seconds since
+        wall: The time of the writer's wall clock at the last write that the view contains, in seconds since
             1970; `None` if no time is recorded, as in a file of another program.
         schema: The version of the schema of the values; see `Schema`. It is 1 if none is recorded.
-        readable_by: The oldest version of the code that can read the values.
+        readable_by: The oldest version of the schema whose code can read the values; see `Schema`.
         live: Whether a writer has the state open; `None` if that is unknown.
     """
 
     __slots__ = ("_path", "durable_revision", "live", "readable_by", "revision", "schema", "wall")
 
     def __init__(self, name: str, loaded: Decoded, now: float) -> None:
-        """Make the view for `read_state`. `now` is the time of the wall clock, in seconds since 1970."""
+        """Make the view for `read_state`. `now` is the time of the view, in seconds since 1970."""
         found = loaded.state
         time = resumed(found.time, found.wall, now)[0] if found.expires else now
         due = {key for key, at in found.expires.items() if at <= time * 1000}
@@ -76,27 +77,28 @@ class _Still(CallCore):
 async def read_state(
     name: str, storage: Storage, *, at: int | datetime | None = None, clock: Clock | None = None
 ) -> StateView:
-    """Read a state, whether a manager is running on it or not: as it is now, or as it was at an earlier moment.
+    """Read a state as it is now, or as it was at an earlier moment. A manager may be running on it.
 
     The call takes no lock and writes nothing. It does not disturb a manager that starts, runs
     or stops meanwhile. It needs only the permission to read, so it works on a
-    read-only mount. The result is the state at one moment between call and return. It contains
-    every change that was durable at the call, and no change that the writer has not written yet.
+    read-only mount. Without `at`, the result is the state at one moment between call and return. It contains
+    every change that was durable when the call began, and only changes that the writer has written.
 
     `FileStorage` reads the files in its threads. The time of a call grows with the size of
     the state. Decoding blocks the event loop, as in `start()`: about 0.8 s for a million keys. If
     the caller is cancelled, nothing stays open. Each call reads everything again.
 
-    With `at`, the call reads the generation that has this moment, and no other one. The view shows the state as
-    it was: keys that have expired since are in it. Earlier generations are there if the storage keeps a history; see
-    `FileStorage`. Without a history, the moments since the last checkpoint can be read. Changes that
-    were made durable together have no moment between them, so `revision` of the view may be lower than `at`.
+    With `at`, the call reads the generation that has this moment. If several generations have the same revision, it reads
+    the newest one that is not damaged. The view shows the state as it was: keys that have expired since are in it. Earlier
+    generations are there if the `FileStorage` or `S3Storage` was told to keep a history. Without one, the moments since the
+    last checkpoint can be read. The changes of one commit cannot be read separately. So `revision` of the view may be
+    lower than `at`.
 
     Args:
         name: The name of the state.
         storage: The storage that contains it.
         at: The moment. A revision gives the state after the last record that ends at or below this revision. An aware
-            `datetime` gives the state after the newest record that was written up to this time, by the clock of the writer. If
+            `datetime` gives the state after the newest record whose time, by the clock of the writer, is at or before it. If
             that clock was set back within a generation, the times of the first and the last record of the generation
             decide which generation is read. `None` gives the present state.
         clock: A clock for tests. By default it is the clock of the machine.
@@ -107,16 +109,18 @@ async def read_state(
     Raises:
         InvalidNameError: The name is not allowed; see `Config.name`.
         UnsupportedError: There is no state of this name: check the name and the storage. Or the
-            state cannot be read as it is: a permission is missing, or a newer version of lab_state wrote it.
-        CorruptionError: The stored state is damaged. `start()` would refuse it as well. With `at`, the generation that has the
-            moment is damaged: pass another moment. Without `at`, the message names the newest good generation, if there is one.
-        UnavailableError: The state could not be read this time, or a writer replaced parts of it during each of the
-            readings: call `read_state` again.
+            state cannot be read as it is: a permission is missing, or a newer version of lab_state wrote it. Or `at` was
+            given, and the storage is neither a `FileStorage` nor an `S3Storage`.
+        CorruptionError: Without `at`, the stored state is damaged, and `start()` would refuse it as well. The message names
+            the newest good generation, if there is one. With `at`, each generation that has the moment is damaged: pass
+            another moment.
+        UnavailableError: The state could not be read this time, or it changed during each of ten attempts to read it: call
+            `read_state` again.
         ValueError: `at` is a `datetime` without a time zone. Or the moment is outside of the history, in a hole of it, or
-            in the future. The message names the first and the last moment that can be read, or the moments before and
-            after the hole: pass one of these.
-        TypeError: `storage` is not a storage, or has no method `read`. Or the name is not a `str`. Or `at` is neither an `int`
-            nor a `datetime`.
+            in the future. For a moment that cannot be read, the message names the first and the last moment that can be
+            read, or the moments before and after the hole: pass one of these.
+        TypeError: Without `at`: `storage` is not a storage, or has no method `read`. Or the name is not a `str`, or `at` is
+            neither an `int` nor a `datetime`.
     """
     name = Config(name=name).name
     now = (clock or SystemClock()).time()
@@ -127,6 +131,6 @@ async def read_state(
             raise await with_remedy(error, name, storage) from error.__cause__
     at = check_at(at)
     loaded = await load_at(name, storage, at, now)
-    # The view shows the state at the moment. So its time is that of the moment, and not the present.
+    # The view shows the state at the moment `at`. So its time is that of `at`, not the present.
     then = at.timestamp() if isinstance(at, datetime) else loaded.state.wall / 1000
     return StateView(name, loaded, then)

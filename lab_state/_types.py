@@ -1,4 +1,4 @@
-"""Decoders for the types that callers pass as `type=`, and the reasons why other types cannot be decoded. Pure.
+"""Decoders for the types that callers pass as `type=`, and the reasons why other types cannot be decoded. This module does no I/O.
 
 The decoders are cached by type. Pydantic decodes the types of Pydantic, and types that contain one
 of these. msgspec decodes all other types, and is tried for a type that Pydantic refuses.

@@ -1,4 +1,4 @@
-"""Views of a map at one moment, while the map changes. Pure and synchronous.
+"""Views of a map at one moment, while the map changes. This module does no I/O.
 
 Theory of operation. A view has a dict `_old`. Before a key changes for the first time since the view was
 opened, its old value is put into `_old`, if the key existed. So a key that existed at

@@ -1,4 +1,4 @@
-"""Encode one value as JSON, and refuse values that would not be read back. Pure.
+"""Encode one value as JSON, and refuse values that would not be read back. This module does no I/O.
 
 A scalar is stored as it is, and any other value as JSON. A value is refused if JSON cannot hold it,
 or if some reader would get another value. Among the refused values are:

@@ -1,4 +1,4 @@
-"""The keys of one moment in order, with their values, in pages of up to 200 keys. Pure and synchronous."""
+"""The keys of one moment in order, with their values, in pages of up to 200 keys. This module does no I/O."""
 
 from __future__ import annotations
 

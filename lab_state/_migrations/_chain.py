@@ -1,4 +1,4 @@
-"""All migrations of a state on one draft, and the check of the values after them. Pure and synchronous."""
+"""All migrations of a state on one draft, and the check of the values after them. This module does no I/O."""
 
 from __future__ import annotations
 

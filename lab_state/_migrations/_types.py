@@ -1,4 +1,4 @@
-"""The types of the values of a schema. Pure and synchronous.
+"""The types of the values of a schema. This module does no I/O.
 
 A member is *unknown* to a type if a read as this type ignores it, so that a write of the result would drop it.
 """

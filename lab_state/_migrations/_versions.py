@@ -1,4 +1,4 @@
-"""The decision whether code may use a state. Pure."""
+"""The decision whether code may use a state. This module does no I/O."""
 
 from __future__ import annotations
 

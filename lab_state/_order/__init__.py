@@ -1,4 +1,4 @@
-"""The keys of a state in order of code points. Pure and synchronous.
+"""The keys of a state in order of code points. This module does no I/O.
 
 A `State` makes an `Index` when a call needs sorted keys and there is no index. Other modules call these methods of the state:
 

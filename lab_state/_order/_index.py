@@ -1,4 +1,4 @@
-"""The index of a state: its keys in order of code points. Pure and synchronous.
+"""The index of a state: its keys in order of code points. This module does no I/O.
 
 Theory of operation. The sorted keys (`SortedKeys`) may be out of date. `_touched` has the keys that may have
 been added or removed since the last correction. A write only adds a key to this set. When a call needs the

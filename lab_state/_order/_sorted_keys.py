@@ -1,4 +1,4 @@
-"""Keys in order of code points, with positions. Pure and synchronous.
+"""Keys in order of code points, with positions. This module does no I/O.
 
 Theory of operation. The keys are in sorted tuples, the chunks. A chunk has 1 key or more, and fewer than `2 * SIZE`.
 `_lasts` has the last key of each chunk, so two binary searches find a key. `_tree` is a Fenwick tree

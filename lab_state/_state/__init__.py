@@ -1,4 +1,4 @@
-"""The map in memory: entries, unflushed changes, revisions. Pure and synchronous.
+"""The map in memory: entries, unflushed changes, revisions. This module does no I/O.
 
 Theory of operation. `entries` maps keys to stored values. A scalar is stored unchanged. Any
 other value is stored as JSON, so a caller cannot change it later. `changes` has the keys that

@@ -1,4 +1,4 @@
-"""The contents of a state, and their expiry. Pure and synchronous."""
+"""The contents of a state, and their expiry. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The keys of a state in order, and the views that `items()` reads. Pure and synchronous."""
+"""The keys of a state in order, and the views that `items()` reads. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The durable changes that are not in the mirror yet. Pure and synchronous.
+"""The durable changes that are not in the mirror yet. This module does no I/O.
 
 The flusher adds each commit to a queue, which takes almost no time. The task of the mirror merges
 the commits key by key, in small steps. If there are more than `MOST_KEYS` keys, or if the merged

@@ -1,4 +1,4 @@
-"""The bytes of a mirror, and of the messages about its changes. Pure.
+"""The bytes of a mirror, and of the messages about its changes. This module does no I/O.
 
 A mirror has two hashes: values and expiry times. Each of them has one more field, `$lab_state`, with
 the same JSON: format, revision, writer, and the id of the fill that wrote the mirror. So a reader

@@ -1,4 +1,4 @@
-"""The local copy of a mirror that a reader with `local=True` keeps in memory. Pure and synchronous.
+"""The local copy of a mirror that a reader with `local=True` keeps in memory. This module does no I/O.
 
 The reader has subscribed to the changes. It loads the copy in these steps:
 

@@ -1,4 +1,4 @@
-"""Decide whether a reader may show a part of a mirror that it has read. Pure and synchronous.
+"""Decide whether a reader may show a part of a mirror that it has read. This module does no I/O.
 
 If one of the two hashes is missing, nothing is shown. A revision below an earlier revision is shown only
 after a running writer has reported it for some seconds.

@@ -1,4 +1,4 @@
-"""The changes that records show, or that two moments of a state show. Pure."""
+"""The changes that records show, or that two moments of a state show. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exit codes of the command. Pure."""
+"""The exit codes of the command. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parse the input of a writing subcommand, and decide whether a key has changed. Pure."""
+"""Parse the input of a writing subcommand, and decide whether a key has changed. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decide what can be saved of the damaged files or objects of a state, and what is lost. Pure.
+"""Decide what can be saved of the damaged files or objects of a state, and what is lost. This module does no I/O.
 
 A change is kept only with all changes before it. So the result is a moment of the state, unless a value in the snapshot itself is
 damaged. All losses are listed: bytes, revisions and keys.

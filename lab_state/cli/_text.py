@@ -1,4 +1,4 @@
-"""Texts for people: escaped keys, sizes, ages, and tables. Pure."""
+"""Texts for people: escaped keys, sizes, ages, and tables. This module does no I/O."""
 
 from __future__ import annotations
 

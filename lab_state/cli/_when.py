@@ -1,4 +1,4 @@
-"""Parse WHEN: a moment of a state, as a user writes it. Pure."""
+"""Parse WHEN: a moment of a state, as a user writes it. This module does no I/O."""
 
 from __future__ import annotations
 

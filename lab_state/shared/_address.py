@@ -1,4 +1,4 @@
-"""The path of the socket of a shared state. Pure.
+"""The path of the socket of a shared state. This module does no I/O.
 
 A path in `sockaddr_un` has at most 107 bytes. If the path of the socket is longer, a process opens the
 directory, and reaches the socket through the descriptor of the directory. If the name of the socket is

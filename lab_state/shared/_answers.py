@@ -1,4 +1,4 @@
-"""Convert the answers of an owner to results and errors, and stored values to their form in a message. Pure."""
+"""Convert the answers of an owner to results and errors, and stored values to their form in a message. This module does no I/O."""
 
 from __future__ import annotations
 

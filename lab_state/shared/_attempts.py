@@ -1,4 +1,4 @@
-"""The keys for which a client is about to make another attempt, because its check was refused. Pure.
+"""The keys for which a client is about to make another attempt, because its check was refused. This module does no I/O.
 
 A call of a task of the owner needs no check. So such calls could change a key again and again before the next
 attempt of a client arrives, above all on a busy machine. Each attempt of the client would then be refused. Therefore

@@ -1,4 +1,4 @@
-"""Decide whether a key that a call has read has changed since then. Pure.
+"""Decide whether a key that a call has read has changed since then. This module does no I/O.
 
 The owner keeps the keys that changed lately, each with the revision of its last change. This includes
 changes that are not durable. All changes after the revision `floor` are known. If a call has read an

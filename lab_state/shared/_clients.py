@@ -1,4 +1,4 @@
-"""The clients that an owner knows, their acknowledgements, and the time after which they are forgotten. Pure.
+"""The clients that an owner knows, their acknowledgements, and the time after which they are forgotten. This module does no I/O.
 
 All times are times of the owner's `CLOCK_MONOTONIC`, in nanoseconds.
 """

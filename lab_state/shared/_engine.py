@@ -1,4 +1,4 @@
-"""The owner's part of the protocol: it executes calls, keeps their results, and answers them. Pure and synchronous.
+"""The owner's part of the protocol: it executes calls, keeps their results, and answers them. This module does no I/O.
 
 Each call is executed on the layer: the changes that are not durable yet, over the durable copy. A call with many keys is
 executed in steps, and no other call is executed meanwhile. Any other call is executed in one step. A call that changed

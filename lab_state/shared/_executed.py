@@ -1,4 +1,4 @@
-"""Calls that an owner has executed, and their answers. Pure."""
+"""Calls that an owner has executed, and their answers. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames on the socket of a shared state, and a decoder that receives their bytes in pieces. Pure.
+"""Frames on the socket of a shared state, and a decoder that receives their bytes in pieces. This module does no I/O.
 
 A frame is `<length: 4 bytes, big endian> <kind: 1 byte> <payload>`. Text that is sent in place of a
 frame looks like a frame with a length above the bound. So such text is refused after at most five bytes.

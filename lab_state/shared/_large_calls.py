@@ -1,4 +1,4 @@
-"""Calls with many keys, which an owner executes in steps. Pure."""
+"""Calls with many keys, which an owner executes in steps. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last durable records of an owner, for clients that connect with a copy. Pure."""
+"""The last durable records of an owner, for clients that connect with a copy. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layer of an owner: its changes that are not durable, over its copy. Pure and synchronous.
+"""The layer of an owner: its changes that are not durable, over its copy. This module does no I/O.
 
 Theory of operation. There are three maps. The lowest one is the copy, with the durable state. The middle one has
 the changes of the commit under way. The top one has the newer changes. `take` moves the changes from the top map to

@@ -1,4 +1,4 @@
-"""The messages between the owner of a shared state and its followers. Pure.
+"""The messages between the owner of a shared state and its clients. This module does no I/O.
 
 `docs/design/shared.md` lists them all. `_wire.py` encodes and decodes them.
 """

@@ -1,4 +1,4 @@
-"""The calls of a client that have no answer yet. An open call has a number; the other calls wait for a number. Pure.
+"""The calls of a client that have no answer yet. An open call has a number; the other calls wait for a number. This module does no I/O.
 
 Calls get their numbers in the order of `submit`. The open calls are in a *window*. A call waits while the window has no
 room for it: while its number would be more than `SPAN` above the acknowledgement, or while the open calls have too

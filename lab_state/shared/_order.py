@@ -1,4 +1,4 @@
-"""The order and the numbers that are allowed for the messages on one connection. Pure.
+"""The order and the numbers that are allowed for the messages on one connection. This module does no I/O.
 
 Each side has one object of this module for each connection. With this object it checks each
 message before it handles the message.

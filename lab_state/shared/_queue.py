@@ -1,4 +1,4 @@
-"""The bytes that wait to be sent on one connection. Pure.
+"""The bytes that wait to be sent on one connection. This module does no I/O.
 
 Small parts are joined, so that many messages need only one system call. A large part is sent without a
 copy: the queues of all followers share a record of many megabytes.

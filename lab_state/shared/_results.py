@@ -1,4 +1,4 @@
-"""The results of calls, kept until their client has acknowledged them. Pure.
+"""The results of calls, kept until their client has acknowledged them. This module does no I/O.
 
 `ResultTable` has the results that records contained. Only records change it, so it is the same in each
 process at the same revision. `PendingResults` has the results of an owner that are not durable yet.

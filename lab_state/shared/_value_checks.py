@@ -1,4 +1,4 @@
-"""The check of the values of clients that have no schema, such as the command. The owner uses the types of its own schema. Pure."""
+"""The check of the values of clients that have no schema, such as the command. The owner uses the types of its own schema. This module does no I/O."""
 
 from __future__ import annotations
 

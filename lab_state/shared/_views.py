@@ -1,4 +1,4 @@
-"""The views that a commit of an owner takes, if the storage asks for the whole state. Pure."""
+"""The views that a commit of an owner takes, if the storage asks for the whole state. This module does no I/O."""
 
 from __future__ import annotations
 

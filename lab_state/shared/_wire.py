@@ -1,8 +1,8 @@
-"""Encode and decode the messages between the owner of a shared state and its followers. Pure.
+"""Encode and decode the messages between the owner of a shared state and its clients. This module does no I/O.
 
-A payload consists of 8-byte integers, or JSON, or both in this order. A record is JSON that `_records.py` decodes. A
-stored value in a message is not checked again, because the client that encoded the value has checked it. All other parts
-are checked, because another program may be at the other end.
+A payload consists of 8-byte integers, or JSON, or both in this order. A record is JSON that `shared/_records.py` decodes.
+Each payload is checked, because another program may be at the other end. The decoders of messages keep stored values as
+JSON, and do not decode them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class OtherVersionError(BadMessageError):
     """The error for a message of a process that has another version of the protocol.
 
     Attributes:
-        protocol: The version of the other process.
+        protocol: The protocol version of the other process.
     """
 
     def __init__(self, protocol: int) -> None:
@@ -115,7 +115,7 @@ def encode_for_owner(message: FromClient) -> list[bytes]:
 
 
 def encode_body(call: SetMany | DeleteMany | MakeChanges) -> Iterator[bytes]:
-    """Yield the message of a call with many keys, in slices. `encode_large_call` adds the beginning of the message."""
+    """Yield the message of a call with many keys, in slices. Its beginning is missing: `encode_large_call` adds it."""
     if isinstance(call, SetMany):
         yield b"{"
         yield from members(parts_of(call.values.items(), {}, []), TAB)
@@ -138,8 +138,9 @@ def encode_body(call: SetMany | DeleteMany | MakeChanges) -> Iterator[bytes]:
 
 
 def encode_large_call(call: Call, body: Iterable[bytes]) -> list[bytes]:
-    """Return the frame of a call in parts. `body` is the result of `encode_body` for this call. When `encode_body` ran, the numbers of the call may have been different.
+    """Return the frame of a call in parts. `body` is the result of `encode_body` for this call.
 
+    `body` does not contain `n`, `ack` and `since`. So these may have changed since `encode_body` ran.
     Raises:
         InvalidValueError: The message is too large.
     """

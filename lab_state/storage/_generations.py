@@ -1,4 +1,4 @@
-"""The history of a state: the names of its files on disk, its generations, and the generation that has a moment. Pure and synchronous.
+"""The history of a state: the names of its files on disk, its generations, and the generation that has a moment. This module does no I/O.
 
 `<name>.history/` has links to the files that earlier checkpoints replaced. Their names are::
 

@@ -1,4 +1,4 @@
-"""The generations that a history deletes, by age and by size. Pure and synchronous."""
+"""The generations that a history deletes, by age and by size. This module does no I/O."""
 
 from __future__ import annotations
 

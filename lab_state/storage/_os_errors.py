@@ -1,4 +1,4 @@
-"""The meaning of errors of the operating system for a storage, and their remedies. Pure and synchronous."""
+"""The meaning of errors of the operating system for a storage, and their remedies. This module does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generations of a history on disk that are deleted after a checkpoint. Pure and synchronous.
+"""The generations of a history on disk that are deleted after a checkpoint. This module does no I/O.
 
 The page `docs/design/disk.md` has the rules, with a reason for each.
 """

@@ -1,4 +1,4 @@
-"""Decide whether a reading of a state's files is valid. A writer may have replaced them meanwhile. Pure and synchronous.
+"""Decide whether a reading of a state's files is valid. A writer may have replaced them meanwhile. This module does no I/O.
 
 A reader has no lock. It opens the journal, reads the snapshot, and then reads the journal.
 In this order, a reader that sees a new snapshot also sees the frame of the kind `C` that names it.

@@ -1,4 +1,4 @@
-"""The names and the bytes of the objects in S3. Pure and synchronous.
+"""The names and the bytes of the objects in S3. This module does no I/O.
 
 * `<prefix>/<name>.json` is the snapshot, in the same format as on disk. Its `$lab_state`
   has two more members: `seq` is the number of the last record that it covers, and `fence`

@@ -1,4 +1,4 @@
-"""The meaning of an answer of an object store, and the next step. Pure and synchronous.
+"""The meaning of an answer of an object store, and the next step. This module does no I/O.
 
 Each conditional write has a different id, in the metadata of the object. So the object shows
 whether the write took effect, even if the answer does not show it. This is needed in two cases.
