@@ -48,7 +48,8 @@ class Calls(Writing, Waits):
 
     Each call raises `ClosedError` before `start()` and after `stop()`. Each call with a key raises `InvalidKeyError`
     unless the key is a `str` of 1 to 1,024 characters, without NUL and lone surrogates, and not `$lab_state`. Only `in`
-    returns False for any other key. A value that JSON cannot hold raises `InvalidValueError`. Each other argument of a
+    returns False for any other key. A value that JSON cannot hold, or that is not of its type in the `Schema` of the
+    manager, raises `InvalidValueError`. Each other argument of a
     wrong Python type raises `TypeError`. A write raises `RuntimeError` if it is not on the event loop of `start()`. There
     is one exception: `set` does not check the loop if the key has an unflushed change already.
 
@@ -79,6 +80,7 @@ class Calls(Writing, Waits):
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored value cannot be decoded as `type`. The key was not deleted.
+            TypeError: `type` cannot be decoded, or the default is a class; see `get`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """

@@ -67,7 +67,8 @@ async def remove_state(name: str, storage: Storage, *, history: bool = False) ->
     Raises:
         InvalidNameError: The name is not allowed; see `Config.name`.
         TypeError: The name is not a `str`.
-        LockedError: A manager has the state open: stop it first, in all processes that share the state.
+        LockedError: A manager has the state open: stop it first, in all processes that share the state. In S3, only a manager of
+            this process is noticed.
         UnsupportedError: There is neither a state of this name nor a history of it. Or the storage cannot remove states. Or
             a permission is missing.
         UnavailableError: A part could not be removed this time: call again.

@@ -29,7 +29,7 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
 
     The source is read as by `read_state`: the state is not opened, nothing is written to the source, and
     a manager may be running on it. The copy is the state at one moment between call and return.
-    It has every change that was durable at the call. To move a state, stop its manager first,
+    It has every change that was durable when the call began. To move a state, stop its manager first,
     because later changes are not in the copy.
 
     When the call returns, the copy is durable, and has the revision of the source. If the call raises an
@@ -51,7 +51,7 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
 
     Raises:
         InvalidNameError: The name is not valid; see `Config.name`.
-        TypeError: The source is not a storage, or has no method `read`.
+        TypeError: The source is not a storage, or has no method `read`. Or the name is not a `str`.
         UnsupportedError: The target has a state of this name. Or the source has no state of this name, or
             only an empty state that was never written. Or one of the storages cannot be used; the message says why.
         StorageError: Reading or writing failed; see `Storage` and `StorageSession`. Or the copy differs from the source.

@@ -36,14 +36,13 @@ class Generation(NamedTuple):
 
 
 async def list_generations(name: str, storage: Storage) -> list[Generation]:
-    """Return the generations of a state, the oldest first. The last one is in use.
+    """Return the generations of a state, the oldest first.
 
     The call takes no lock and writes nothing, and works beside a manager that runs. It reads only the ends of
-    files, so the time of a call grows with the number of generations, and not with their size. A storage without a history
-    has only the generation in use.
+    files, so the time of a call grows with the number of generations, and not with their size.
 
     A generation that cannot be read at all is left out, and the next one has a hole before it. If the files in use
-    are damaged, or the state was removed, the list has only the history. Then no generation has `in_use`.
+    are damaged, or the state was removed, the list has only the history. Otherwise the last generation is in use.
 
     If the caller is cancelled, nothing stays open. Each call reads everything again.
 
@@ -55,7 +54,7 @@ async def list_generations(name: str, storage: Storage) -> list[Generation]:
         InvalidNameError: The name is not allowed; see `Config.name`.
         TypeError: The name is not a `str`.
         UnsupportedError: There is no state of this name, and no history of it: check the name and the storage. Or the storage
-            keeps no history, as `MemoryStorage` does not. Or a permission is missing.
+            is neither a `FileStorage` nor an `S3Storage`. Or a permission is missing.
         CorruptionError: The files in use are damaged, and there is no history: restore a copy.
         UnavailableError: The list could not be read this time: call again.
     """

@@ -106,7 +106,7 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
 
     Raises:
         ValueError: The moment is outside of the window or in a hole.
-        CorruptionError: The generation that has the moment is damaged.
+        CorruptionError: Each generation that has the moment is damaged.
         UnavailableError: Ten times in a row, the generation was pruned or replaced before it could be read.
         StorageError: See `History`.
     """

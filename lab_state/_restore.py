@@ -46,11 +46,11 @@ async def restore_state(
     With another name as `into`, the call makes a new state there, with the revision of the moment. The state `name` is only read,
     and a manager may be running on it.
 
-    With the same name as `into`, the call restores in place. It works only while no manager runs on the state. The restored state
-    becomes a new revision, above all others. So no revision is used for a second change, and mirrors and readers continue to
-    work. The previous state stays in the history, even without `history=`. So `restore_state(name, storage, restored.before,
-    into=name)` undoes the restore. A state that cannot be loaded can be restored as well. On disk its files are kept in
-    `<name>.damaged-<time>/` until a person deletes them.
+    With the same name as `into`, the call restores in place. Stop all managers of the state first. In S3, a manager that still runs
+    in another process is fenced. The restored state becomes a new revision, above all others. So no revision is used for a second
+    change, and mirrors and readers continue to work. The previous state stays in the history, even without `history=`. So
+    `restore_state(name, storage, restored.before, into=name)` undoes the restore. A state that cannot be loaded can be restored as
+    well. Its files or objects are kept in `<name>.damaged-<time>/` until a person deletes them.
 
     When the call returns, the restored state is durable. If the call raises an error or is cancelled, or if the process is killed,
     the state is the old one or the restored one, and not a mixture. `list_generations` then shows which one. A second call makes
@@ -75,11 +75,12 @@ async def restore_state(
         ValueError: The moment is outside of the history, in a hole of it, or in the future, or has no time zone. The message names
             the first and the last moment that can be read, or the moments before and after the hole. Or `into` is another state
             that exists. Nothing was changed.
-        LockedError: A manager runs on the state that would be replaced. Stop it first, in all processes that share the state.
-        CorruptionError: The generation that has the moment is damaged. Nothing was changed: restore another moment.
-        UnsupportedError: There is no such state, or the storage keeps no history, or a permission is missing, or a newer
-            version of lab_state wrote the state. Or the file system has no hard links for a restore in place: restore into
-            another name.
+        LockedError: A manager runs on the state that would be replaced. Stop it first, in all processes that share the state. In
+            S3, only a manager of this process is noticed.
+        CorruptionError: Each generation that has the moment is damaged. Nothing was changed: restore another moment.
+        UnsupportedError: There is no such state, or a permission is missing, or a newer version of lab_state wrote the state. Or
+            the storage is neither a `FileStorage` nor an `S3Storage`. Or the file system has no hard links for a restore in
+            place: restore into another name.
         UnavailableError: The storage failed this time. See above for the state after that.
     """
     name, target = Config(name=name).name, Config(name=into).name

@@ -66,7 +66,8 @@ class Waits(Reads):
             TypeError: The revision is not an `int`, or the timeout is not a number.
             RuntimeError: This is not the event loop of `start()`.
             FencedError: The revision will never be durable: a newer writer owns the state.
-            StorageError: The manager was stopped, and its last flush failed.
+            StorageError: The manager was stopped meanwhile, and its last flush failed. Or, in a shared state, this
+                process has lost its state.
             ClosedError: The manager is not running.
         """
         self._check_open()

@@ -42,8 +42,8 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             holds the state, 0 or more. `None`: without a limit. `0`: `start()` raises
             `LockedError` at once. A server with a graceful reload starts the new process
             before the old one has ended. In that case, choose more seconds than the old
-            process may need to end. In a shared state this must be 0, because each process
-            can start at any time.
+            process may need to end. In a shared state this must be 0, because its processes do not
+            wait for the lock.
         shared: Whether several processes of this machine use the state. A shared state
             needs a `FileStorage`.
         owner_timeout: Seconds for which a call of a shared state waits for an owner, or for a sign of

@@ -79,7 +79,8 @@ class TypeMismatchError(LabStateError):
 class SchemaError(LabStateError):
     """The schema of the code does not fit the state: use other code, or migrate the state. The state was left untouched.
 
-    `Manager.start` raises it in these cases. The message says which one, and what to do.
+    `Manager.start` raises it in these cases. The message says which one, and what to do. In a shared state, a later call
+    raises it if another process has migrated the state meanwhile.
 
     - Newer code wrote the state, and does not allow code as old as this; see `Schema.readable_by`.
     - The state needs a migration, and `Config.migrate` is `"refuse"`.

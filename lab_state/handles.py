@@ -145,7 +145,8 @@ class Scope(Calls):
         returns. In a shared state, another task or process may change a value that `fn` has read. Then the transaction
         changes nothing, and `fn` is called again, with a new transaction. So `fn` should have no other effects. In a
         shared state, `fn` may also read values that are not durable yet. The call then returns when they are durable.
-        If the state is not shared, `fn` is called once.
+        If the state is not shared, `fn` is called once. If `fn` raises an error, the transaction changes nothing, and the
+        call raises that error.
 
         Args:
             fn: A plain function, or a coroutine function. Its argument is the transaction.
@@ -156,6 +157,7 @@ class Scope(Calls):
                 would wait for itself. Or this is not the event loop of `start()`.
             ClosedError: The manager is not running, or was stopped meanwhile. Nothing was changed.
             FencedError: A newer writer owns the state. Nothing was changed.
+            UnavailableError: The flush task has ended; see `Status.task_failure`. Nothing was changed.
             StorageError: With a `flush_interval` of 0: the changes are made in memory, but not durable yet.
                 The manager tries again automatically. In a shared state, see `transaction`.
         """

@@ -48,8 +48,8 @@ class Manager(Scope, BackedUp):
     """A map from string keys to JSON values, in memory and durable.
 
     One manager is the only writer of its state, unless several processes share the state; see `Config.shared`. From `start()` to
-    `stop()`, the manager belongs to the event loop that `start()` runs on. If a running manager is garbage collected, Python shows
-    a `ResourceWarning`. The lock and the files of the state are then released when the event loop has been closed. `copy.copy`
+    `stop()`, the manager belongs to the event loop that `start()` runs on. If a running manager is garbage-collected, a
+    `ResourceWarning` is issued. The lock and the files of the state are released when the event loop has been closed. `copy.copy`
     and `copy.deepcopy` return the manager itself. A manager cannot be pickled.
     """
 

@@ -77,11 +77,10 @@ class Reader(MirrorAccess):
 
     @property
     def up(self) -> bool:
-        """Whether reads succeed and the reader receives the changes. It is False outside `async with`.
+        """Whether the last read of the mirror succeeded, and the reader receives the changes. It is False outside `async with`.
 
-        This is False while the subscription to the changes does not work. Otherwise it tells whether the last
-        read of the mirror succeeded. A local copy that is loaded and up to date counts as a success. The reader
-        itself reads the revision every two seconds, even if the application reads nothing.
+        A local copy that is loaded and up to date counts as a read that succeeded. The reader itself reads the
+        revision every two seconds, even if the application reads nothing.
         """
         follows = self._feed is not None and self._feed.revision >= 0
         return follows and (self._local.fresh or self._readable)
@@ -192,6 +191,7 @@ class Reader(MirrorAccess):
         Raises:
             TypeMismatchError: One of the values cannot be decoded as `type`. `error.path` is the path in this value.
             ValueError: `on_mismatch` is unknown.
+            TypeError: `keys` is one `str`, or is not iterable. Or the type cannot be decoded.
             UnavailableError: See `Reader`.
         """
         is_skipping = check_on_mismatch(on_mismatch)

@@ -92,7 +92,7 @@ async def reached(states: Mapping[str, Manager], sent: Mapping[str, int]) -> dic
 
     Raises:
         UnavailableError: There was no sign of life of an owner for `Config.owner_timeout` seconds.
-        StorageError: This process has lost its state.
+        LabStateError: This process has lost its state; see `Manager.catch_up`.
         ClosedError: The manager is not running.
     """
     for name, revision in sent.items():

@@ -50,6 +50,7 @@ def setup(app: web.Application, *served: Manager | Reader) -> None:
     Raises:
         ValueError: There is no manager and no reader, or two have the same name.
         TypeError: An argument is neither a manager nor a reader.
+        RuntimeError: The application is running.
     """
     named = by_name(served)
     known = _own(app)

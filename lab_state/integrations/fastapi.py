@@ -87,6 +87,7 @@ def entry(
 
     Raises:
         InvalidKeyError: The key is not valid.
+        TypeError: In a request: the type cannot be decoded.
         LookupError: In a request: there is no such manager, or the lifespan did not run. The message lists
             the managers that exist.
     """

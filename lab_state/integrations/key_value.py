@@ -134,7 +134,7 @@ class LabStateStore:
 
         Raises:
             SerializationError: The value cannot be stored as JSON.
-            InvalidTTLError: `ttl` is not a number of seconds above 0.
+            InvalidTTLError: `ttl` is not a number of seconds above 0, or is more than 10,000,000,000.
             TypeError: The value is not a mapping with keys that are strings.
             StoreConnectionError: The storage failed, or the manager is fenced; see `LabStateStore`.
         """
@@ -181,7 +181,11 @@ class LabStateStore:
     # The optional protocols
 
     async def keys(self, collection: str | None = None, *, limit: int | None = None) -> list[str]:
-        """Return the first `limit` keys of a collection, in order of their escaped form. With `None`, return all keys."""
+        """Return the first `limit` keys of a collection, in order of their escaped form. With `None`, return all keys.
+
+        Raises:
+            DeserializationError: Other code has stored a value in this namespace.
+        """
         prefix = f"{self._collection(collection)}/"
         most = _limit(limit)
         found = [] if most == 0 else await self._namespace.keys(prefix, limit=most)
@@ -191,6 +195,9 @@ class LabStateStore:
         """Return up to `limit` collections that have a key, in no particular order. With `None`, return all of them.
 
         The call reads all keys of the namespace.
+
+        Raises:
+            DeserializationError: Other code has stored a value in this namespace.
         """
         first: dict[str, str] = {}
         for place in await self._namespace.keys():

@@ -141,6 +141,7 @@ def encode_large_call(call: Call, body: Iterable[bytes]) -> list[bytes]:
     """Return the frame of a call in parts. `body` is the result of `encode_body` for this call.
 
     `body` does not contain `n`, `ack` and `since`. So these may have changed since `encode_body` ran.
+
     Raises:
         InvalidValueError: The message is too large.
     """

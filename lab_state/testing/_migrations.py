@@ -31,7 +31,8 @@ def check_migrations(schema: Schema, directory: str | os.PathLike[str]) -> None:
         directory: The directory with the files.
 
     Raises:
-        AssertionError: A file is missing, or a state differs from the newest one. The message names the file and the key.
+        AssertionError: A file is missing or has another version, a state differs from the newest one, or a value is not of its
+            type. The message names the file, and the key if there is one.
         MigrationError: A migration failed.
         CorruptionError: A file cannot be read as a state.
         ValueError: The schema lacks a migration.

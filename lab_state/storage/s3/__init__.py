@@ -73,7 +73,7 @@ class S3Storage:
     """States in a bucket of S3, or of a compatible store with conditional writes.
 
     A change is durable when the store has acknowledged it. So it survives the loss of this
-    machine. There is no lock. A manager that opens a state becomes its owner, and deposes a
+    machine. There is no lock. A manager that opens a state becomes its writer, and deposes a
     writer in another process: the next commit of that writer raises `FencedError`, and so does
     every later write. In one process, a state that is open cannot be opened again: `start()`
     raises `LockedError`.
