@@ -3,7 +3,7 @@
 lab_state does not import Pydantic. It recognizes models and adapters by their methods, and
 uses the module that the application has imported. The JSON of a model has the names of its
 fields, not their aliases. A model is stored only if an equal model can be read from its JSON. Fields that
-the model excludes may differ.
+the model excludes may differ. Parts whose class has no `__eq__` are compared by their JSON.
 """
 
 from __future__ import annotations

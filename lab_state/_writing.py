@@ -57,9 +57,8 @@ class Writing(Reads):
                 address or a deque. The page "Values and types" lists the refused values, and the results of reads. The value is
                 encoded now, in one step of the event loop, so that writes keep their order.
                 A later change of the object does not change the state. A large value takes
-                two to five times as long as `msgspec.json.encode`, about 3 ms for a megabyte
-                of records. A value that is nested deeply, or is refused, takes up to twenty
-                times as long.
+                two to five times as long as `msgspec.json.encode`, about 3 ms for a megabyte. A value
+                that is nested deeply, or is refused, takes up to twenty times as long.
             ttl: The time until the key expires: seconds or a `timedelta`, above 0 and at most
                 10,000,000,000 seconds. Without it the key never expires. An earlier expiry of the
                 key is removed.

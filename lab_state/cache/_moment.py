@@ -25,7 +25,7 @@ class Moment:
         now: Callable[[], float],
         within: Range,
     ) -> None:
-        """Prepare an iterator over the keys of a range.
+        """Prepare to read the keys of a range.
 
         Args:
             local: A function that returns the local copy of the reader. It raises an error if the reader is not

@@ -1,6 +1,6 @@
 """Decide whether a reader may show a part of a mirror that it has read. This module does no I/O.
 
-If one of the two hashes is missing, nothing is shown. A revision below an earlier revision is shown only
+If one of the two hashes is missing, or their heads differ, nothing is shown. A revision below an earlier revision is shown only
 after a running writer has reported it for some seconds.
 """
 

@@ -55,7 +55,7 @@ class PlaceType(click.ParamType[Place]):
 
 
 def complete(text: str) -> list[str]:
-    """Return the states on disk that begin with a text, and the directories with a slash. A shell offers them for STATE.
+    """Return the states on disk and the directories whose paths begin with a text, for a shell. A directory ends in a slash.
 
     If a directory is the only offer, offer its content instead. Otherwise a shell would add a space after the directory.
     """

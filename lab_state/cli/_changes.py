@@ -20,7 +20,7 @@ class Change(NamedTuple):
     """A change of one key, or of all keys.
 
     Attributes:
-        kind: `set`, `delete`, or `clear` for all keys. An expired key is deleted.
+        kind: `set`, `delete`, or `clear` for the deletion of all keys. A key that expired has `delete`.
         key: The key; empty for `clear`.
         value: The JSON of the new value; `None` unless the kind is `set`.
         expires: The expiry, in milliseconds since 1970.
@@ -76,7 +76,7 @@ def _differs(before: LoadedState, after: LoadedState, key: str, stored: Stored) 
 
 
 def newer(records: Iterable[Record], revision: int) -> list[Record] | None:
-    """Return the records after a revision. Return `None` if there is none, or if changes between the revision and the first one are missing."""
+    """Return the records after a revision; `None` if there is no such record, or if changes before the first of them are missing."""
     found = [record for record in records if record.end > revision]
     return found if found and found[0].start <= revision else None
 

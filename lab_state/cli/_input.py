@@ -78,7 +78,7 @@ def parse_lines(data: bytes) -> dict[str, Item]:
     """Return the items of lines of JSON, as `dump --nl` prints them. Blank lines are skipped.
 
     Raises:
-        ValueError: A line is no such object, or has a key of an earlier line, or a state cannot have its key or value.
+        ValueError: A line is not a line of `dump --nl`, or has a key of an earlier line, or a state cannot have its key or value.
     """
     items: dict[str, Item] = {}
     for number, line in enumerate(data.split(b"\n"), 1):

@@ -152,9 +152,9 @@ def unwritten(error: OSError) -> Stop:
 
 
 def open_closed_streams() -> None:
-    """Open the standard streams that are closed. Otherwise a file of the state would get the number of such a stream.
+    """Open the standard streams that are closed. Otherwise a file of the state could get the descriptor of such a stream.
 
-    Then there is no input, writing to stdout fails, and text for stderr is dropped.
+    After that, stdin is empty, writing to stdout fails, and text for stderr is dropped.
     """
     for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
         if getattr(sys, name) is None:

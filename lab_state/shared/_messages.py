@@ -72,7 +72,7 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         revision: The durable revision.
         load: Whether the client must read the files.
         schema: The version of the schema of the state.
-        readable_by: The oldest version of the code that can read the state.
+        readable_by: The oldest version of the schema whose code can read the state.
     """
 
     lab_state: Literal["shared"] = "shared"

@@ -54,7 +54,7 @@ class PendingCall(NamedTuple):
         keys: The keys of the check.
         made: The time of the call, in seconds of the clock.
         is_empty: Whether the call makes no change.
-        done: The future of the end of the call.
+        done: A future for the end of the call.
         body: The message without its beginning, if the call has many keys; see `encode_large_call`.
     """
 

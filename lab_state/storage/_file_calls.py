@@ -127,11 +127,11 @@ class FileRestoring:
         self._closing: asyncio.Task[None] | None = None
 
     async def highest(self) -> int:
-        """Return the highest revision in any valid frame; see `Restoring.highest`."""
+        """Return the highest revision in any valid record or snapshot; see `Restoring.highest`."""
         return await self._run(highest_revision, self._writer.paths, self._writer.name)
 
     async def put(self, snapshot: SnapshotSource, *, is_damaged: bool) -> str | None:
-        """Link the present files. Then put a journal with the whole state in place, and write a checkpoint; see `Restoring.put`."""
+        """Keep the present files. Then put a journal with the whole state in place, and write a checkpoint; see `Restoring.put`."""
         kept = None
         if is_damaged:
             kept = await self._run(keep_apart, self._writer)

@@ -1,4 +1,4 @@
-"""The holders of a lock, from `/proc/locks` of Linux. Only `find_holders` reads files; the other functions are pure.
+"""The holders of a lock, from `/proc/locks` of Linux. Only `find_holders` reads files.
 
 The file has a line for each lock, and a line with an arrow for each process that waits for that lock::
 
