@@ -1,7 +1,7 @@
 """The parts of a value, the search for the part that causes a refusal, and two checks of all parts.
 
 The checks find NaN and infinity, and times that JSON would change. A part is an item of a list, tuple or set, a value of
-a dict, or a field of an object. The step of a part is its text in a path, such as `[3]`. All functions are pure and synchronous.
+a dict, or a field of an object. The step of a part is its text in a path, such as `[3]`. This module does no I/O.
 """
 
 from __future__ import annotations

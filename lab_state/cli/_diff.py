@@ -1,4 +1,4 @@
-"""The subcommand `diff`: it compares two states, or two moments of a state. `differences` is pure."""
+"""The subcommand `diff`: it compares two states, or two moments of a state. `differences` does no I/O."""
 
 from __future__ import annotations
 

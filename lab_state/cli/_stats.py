@@ -1,4 +1,4 @@
-"""The subcommand `stats`: the sizes of keys and prefixes, and the keys that expire. `count` is pure."""
+"""The subcommand `stats`: the sizes of keys and prefixes, and the keys that expire. `count` does no I/O."""
 
 from __future__ import annotations
 
