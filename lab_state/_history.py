@@ -12,7 +12,7 @@ from lab_state.storage._protocol import Storage
 
 
 class Generation(NamedTuple):
-    """A snapshot with the journal that follows it, or a journal that begins with the whole state.
+    """A snapshot with the journal that follows it, or a journal that needs no snapshot.
 
     Each moment from the first to the last revision can be read with `read_state(…, at=…)`.
 

@@ -96,7 +96,8 @@ class MigrationError(LabStateError):
 
     Attributes:
         migration: The version that the failed migration leads to. If a value does not have its type: the last version.
-        key: The key of the value that does not have its type; `None` if the migration itself failed.
+        key: The key of the value that does not have its type, or that the migration could not store. `None` if the migration
+            failed for another reason.
         path: The JSON path to the wrong part of that value; `$` is the value itself.
     """
 

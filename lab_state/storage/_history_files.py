@@ -69,8 +69,8 @@ class Link(NamedTuple):
 def link_present(paths: Paths, name: str, base: str, known: lookup.Fingerprint | None) -> None:
     """Link the files of a state into its history, and make the links durable. The files are synced first.
 
-    `restore_state` calls this before it replaces the files, for a storage with `history=` or without. The caller has the lock
-    of the state.
+    `restore_state` and `remove_state` call this before they replace or delete the files, for a storage with `history=` or without.
+    The caller has the lock of the state.
 
     Args:
         paths: The paths of the files.
@@ -79,7 +79,7 @@ def link_present(paths: Paths, name: str, base: str, known: lookup.Fingerprint |
         known: The fingerprint of this snapshot; `None` if there is none.
 
     Raises:
-        StorageError: A file could not be linked. Then the caller must not replace it.
+        StorageError: A file could not be linked. Then the caller must neither replace nor delete it.
     """
     check_directory(paths)
     link_all(paths, present_files(paths, name, base, known), sync=True, sync_parent=True)
