@@ -65,7 +65,7 @@ async def load_by(read: Callable[[str], Awaitable[Reading]], name: str) -> Decod
             if before is not None and _is_the_same(before, (reading, str(error))):
                 raise
             before = reading, str(error)
-    raise UnavailableError(f"{path} changed during each of {_MOST_READINGS} readings; read it again")
+    raise UnavailableError(f"{path} changed during each of {_MOST_READINGS} attempts to read it; read it again")
 
 
 def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:

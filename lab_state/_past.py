@@ -90,7 +90,7 @@ def find(found: list[FoundGeneration], at: At, now: float) -> FoundGeneration:
             return found[find_revision(spans, at)]
         wall = wall_of(at)
         if wall > max(now * 1000 if is_whole else 0, *(span.last.wall for span in spans)):
-            what = "in the future" if wall > now * 1000 else "outside of the window"
+            what = "in the future" if wall > now * 1000 else "outside of the history"
             raise ValueError(f"{text_of(wall)} is {what}: {window(spans)}")  # noqa: TRY301 -- the end of the message is the same
         return found[find_time(spans, wall)]
     except ValueError as error:
@@ -105,7 +105,7 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
     For the arguments, see `find`.
 
     Raises:
-        ValueError: The moment is outside of the window or in a hole.
+        ValueError: The moment is outside of the history or in a hole.
         CorruptionError: Each generation that has the moment is damaged.
         UnavailableError: Ten times in a row, the generation was pruned or replaced before it could be read.
         StorageError: See `History`.
@@ -115,7 +115,9 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
         listed = await generations(history, name)
         with contextlib.suppress(GoneError):  # the next list does not have the generation
             return await _load_first(history, name, [find(listed, at, now), *_others(listed, at)], at)
-    raise UnavailableError(f"the history of {name!r} changed during each of {_MOST_LISTS} readings; read it again")
+    raise UnavailableError(
+        f"the history of {name!r} changed during each of {_MOST_LISTS} attempts to read it; read it again"
+    )
 
 
 def _others(listed: list[FoundGeneration], at: At) -> list[FoundGeneration]:

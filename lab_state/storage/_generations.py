@@ -304,7 +304,7 @@ def find_revision(spans: Sequence[Span], revision: int) -> int:
         revision: The revision.
 
     Raises:
-        ValueError: No generation has the revision. The message names the window, or the neighbours of the hole.
+        ValueError: No generation has the revision. The message names the first and the last moment, or the neighbours of the hole.
     """
     for number in range(len(spans) - 1, -1, -1):
         if spans[number].first.revision <= revision <= spans[number].last.revision:
@@ -312,7 +312,7 @@ def find_revision(spans: Sequence[Span], revision: int) -> int:
     before = [span.last for span in spans if span.last.revision < revision]
     after = [span.first for span in spans if span.first.revision > revision]
     if not before or not after:
-        raise ValueError(f"revision {revision} is outside of the window: {window(spans)}")
+        raise ValueError(f"revision {revision} is outside of the history: {window(spans)}")
     raise ValueError(f"revision {revision} is in a hole of the history: {_neighbours(max(before), min(after))}")
 
 
@@ -326,7 +326,7 @@ def find_time(spans: Sequence[Span], wall: int) -> int:
         wall: The time, in milliseconds since 1970.
 
     Raises:
-        ValueError: The time is before all generations, or in a hole. The message names the window, or the neighbours of the hole.
+        ValueError: The time is before all generations, or in a hole. The message names the first and the last moment, or the neighbours of the hole.
     """
     for number in range(len(spans) - 1, -1, -1):
         span = spans[number]
@@ -336,7 +336,7 @@ def find_time(spans: Sequence[Span], wall: int) -> int:
         if behind and wall > max(span.first.wall, span.last.wall) and holes(spans)[number + 1]:
             raise ValueError(f"{text_of(wall)} is in a hole of the history: {_neighbours(span.last, behind[0].first)}")
         return number
-    raise ValueError(f"{text_of(wall)} is outside of the window: {window(spans)}")
+    raise ValueError(f"{text_of(wall)} is outside of the history: {window(spans)}")
 
 
 def _is_covered(span: Span, before: Sequence[Span]) -> bool:
@@ -349,7 +349,7 @@ def _is_covered(span: Span, before: Sequence[Span]) -> bool:
 
 
 def window(spans: Sequence[Span]) -> str:
-    """Return the window of a history, for a message: its first and its last moment."""
+    """Return the first and the last moment of a history, for a message."""
     oldest, newest = min(span.first for span in spans), max(span.last for span in spans)
     return f"the history has the revisions {described(oldest)} to {described(newest)}"
 

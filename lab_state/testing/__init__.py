@@ -39,7 +39,7 @@ class _ManualTimer:
 
 
 class ManualClock:
-    """A clock that moves only on demand: `Manager(clock=ManualClock())`."""
+    """A clock that moves only on demand: `Manager(config, storage, clock=ManualClock())`."""
 
     def __init__(self, time: float = 1_700_000_000.0) -> None:
         """Start the wall clock at `time`, in seconds since 1970."""

@@ -123,7 +123,7 @@ class Walk:
         for _ in range(number):
             at, expected = self._choose(found)
             if expected is None:
-                with pytest.raises(ValueError, match="outside of the window"):
+                with pytest.raises(ValueError, match="outside of the history"):
                     await read_state("lab", self.storage, at=at, clock=self.clock)
                 continue
             view = await read_state("lab", self.storage, at=at, clock=self.clock)

@@ -123,7 +123,7 @@ async def test_without_a_history(tmp_path: Path, clock: ManualClock) -> None:
         view = await read_state("lab", FileStorage(tmp_path), at=3, clock=clock)
         assert (view.revision, view.durable_revision, view.live) == (3, 2, True)
         await checkpoint(state)
-        with pytest.raises(ValueError, match=r"revision 2 is outside of the window: the history has the revisions 3 "):
+        with pytest.raises(ValueError, match=r"revision 2 is outside of the history: the history has the revisions 3 "):
             await get(tmp_path, clock, 2)
 
 
@@ -144,7 +144,7 @@ async def test_inside_of_a_record(tmp_path: Path, clock: ManualClock) -> None:
 async def test_a_revision_outside(tmp_path: Path, clock: ManualClock, moment: int) -> None:
     """The error names the window."""
     await make_history(tmp_path, clock)
-    with pytest.raises(ValueError, match=rf"revision {moment} is outside of the window: .* 0 .* to 12 \(2023-11-14"):
+    with pytest.raises(ValueError, match=rf"revision {moment} is outside of the history: .* 0 .* to 12 \(2023-11-14"):
         await get(tmp_path, clock, moment)
 
 
@@ -152,7 +152,7 @@ async def test_a_time_outside(tmp_path: Path, clock: ManualClock) -> None:
     """A time before all moments, or in the future, is refused. The present is not."""
     await make_history(tmp_path, clock)
     clock.advance(100)
-    with pytest.raises(ValueError, match=r"22:13:19.000\+00:00 is outside of the window"):
+    with pytest.raises(ValueError, match=r"22:13:19.000\+00:00 is outside of the history"):
         await get(tmp_path, clock, at(-1))
     with pytest.raises(ValueError, match="is in the future: the history has the revisions 0 "):
         await get(tmp_path, clock, at(1000))
@@ -354,7 +354,7 @@ async def test_a_damaged_state_in_use(tmp_path: Path, clock: ManualClock) -> Non
     assert [(one.last_revision, one.in_use) for one in found] == [(4, False), (8, False), (12, False)]
     assert (await get(tmp_path, clock, 12))[0] == 12
     for moment in (13, datetime.fromtimestamp(clock.time(), UTC)):
-        with pytest.raises(ValueError, match=r"outside of the window: .* The list lacks the state in use"):
+        with pytest.raises(ValueError, match=r"outside of the history: .* The list lacks the state in use"):
             await get(tmp_path, clock, moment)
     with pytest.raises(ValueError, match=r"in the future: .* The list lacks"):
         await get(tmp_path, clock, datetime.fromtimestamp(clock.time() + 9, UTC))
@@ -492,11 +492,11 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callabl
 
 
 async def test_a_generation_that_is_pruned_meanwhile(tmp_path: Path, clock: ManualClock, beside: Any) -> None:
-    """The list is read once more. Then the moment is outside of the window."""
+    """The list is read once more. Then the moment is outside of the history."""
     await make_history(tmp_path, clock)
     oldest = history(tmp_path)[0]
     found = beside(lambda: asyncio.to_thread(oldest.unlink, missing_ok=True))
-    with pytest.raises(ValueError, match="outside of the window: the history has the revisions 4 "):
+    with pytest.raises(ValueError, match="outside of the history: the history has the revisions 4 "):
         await get(tmp_path, clock, 2)
     assert found.lists == 2
 
@@ -531,7 +531,7 @@ async def test_a_history_that_changes_all_the_time(tmp_path: Path, clock: Manual
 
         found = beside(go_on)
         await go_on()
-        with pytest.raises(UnavailableError, match="changed during each of 10 readings"):
+        with pytest.raises(UnavailableError, match="changed during each of 10 attempts to read it"):
             await get(tmp_path, clock, datetime.fromtimestamp(clock.time(), UTC))
         assert found.lists == 10
 

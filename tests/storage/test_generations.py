@@ -192,7 +192,7 @@ def test_the_generation_of_a_revision() -> None:
 def test_a_revision_outside_of_the_window(revision: int) -> None:
     """The message names both ends of the window, with their times."""
     spans = [span(5, 10, 0, 1000), span(11, 30, 1000, 1700000000000)]
-    with pytest.raises(ValueError, match="is outside of the window") as raised:
+    with pytest.raises(ValueError, match="is outside of the history") as raised:
         find_revision(spans, revision)
     assert "has the revisions 5 to 30 (2023-11-14T22:13:20.000+00:00)" in str(raised.value)
 
@@ -212,7 +212,7 @@ def test_the_generation_of_a_time() -> None:
 
 def test_a_time_before_all() -> None:
     """The message names the time and the window."""
-    with pytest.raises(ValueError, match=r"1970-01-01T00:00:00.050\+00:00 is outside of the window.* 1 .* to 2 "):
+    with pytest.raises(ValueError, match=r"1970-01-01T00:00:00.050\+00:00 is outside of the history.* 1 .* to 2 "):
         find_time([span(1, 2, 100, 200)], 50)
 
 

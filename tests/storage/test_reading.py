@@ -591,7 +591,7 @@ async def test_damage_is_believed_the_second_time() -> None:
         assert storage.calls == 2
     changing = [told(b"x" * number) for number in range(10)]
     storage = Told(*changing)
-    with pytest.raises(UnavailableError, match="told changed during each of 10 readings"):
+    with pytest.raises(UnavailableError, match="told changed during each of 10 attempts to read it"):
         await load(NAME, storage)
     assert storage.calls == 10
     storage = Told(gap, told(None, record(2, 3)), gap, gap)

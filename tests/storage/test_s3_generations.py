@@ -79,7 +79,7 @@ async def test_each_moment(bucket: Bucket, clock: ManualClock) -> None:
     sizes = {**bucket.keys(HISTORY), **bucket.keys(JOURNAL), **bucket.keys(SNAPSHOT)}
     assert sum(one.size for one in found) == sum(sizes.values())
     await check(bucket, model, clock)
-    with pytest.raises(ValueError, match="outside of the window"):
+    with pytest.raises(ValueError, match="outside of the history"):
         await read_state(NAME, bucket.storage(), at=19)
 
 
