@@ -39,6 +39,7 @@ async def load(name: str, storage: Storage) -> Decoded:
     Raises:
         TypeError: `storage` is not a storage, or has no method `read`.
         CorruptionError: Two consecutive readings found the same damage.
+        UnsupportedError: A newer version of lab_state wrote the state.
         UnavailableError: Ten readings found damage, but never the same damage twice in a row. Probably a writer changed the state.
         StorageError: Reading failed; see `Storage.read`.
     """

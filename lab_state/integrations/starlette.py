@@ -203,12 +203,12 @@ class ReadYourWrites:
 
     The middleware finds the shared states in the lifespan of the application. States that are not shared need no wait.
 
-    * A response has a revision if the endpoint has made a writing call to a shared state before the response began. The
-      method of the request does not matter. The response to a request that only reads has neither header nor cookie, so that
-      caches treat it as before.
+    * A response has a revision if the endpoint has made a writing call to a shared state before the response began, unless
+      the client has sent this revision. The method of the request does not matter. The response to a request that only reads
+      has neither header nor cookie, so that caches treat it as before.
     * The revision of the state `visits` is sent as the cookie `lab_state-visits`, for ten minutes, and in the header
-      `Lab-State-Revision: visits=42`. With each request, a client without cookies must send
-      the last such header that it received.
+      `Lab-State-Revision: visits=42`. With each request, a client without cookies must send the last such header that it
+      received.
     * A client may send any number. For each state, a request waits for at most one answer of the owner. If the worker does
       not have the revision after this answer, the number is not a revision of this state. Then the request does not wait longer.
     * If there is no owner, the request waits for an owner, as a write does. After `Config.owner_timeout` seconds, it is
