@@ -209,7 +209,11 @@ class MigrationDraft(Plain):
         changes[full] = stored  # as in `Transaction.set`; `State.apply` would take longer
 
     def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> None:
-        """Store several values; see `set`."""
+        """Store several values, one after the other; see `set`.
+
+        Raises:
+            TypeError: `values` is not a mapping.
+        """
         if not isinstance(values, Mapping):
             raise TypeError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
         for key, value in values.items():

@@ -154,9 +154,12 @@ class Client:
         """Make a call, and return its result. `since` is the revision of its check.
 
         Raises:
-            ConflictError: The check does not hold: one of its keys has changed after `since`. Nothing was changed.
-            InvalidValueError: The call is too large for one message.
-            UnavailableError: No owner has answered for 10 s. `outcome` says whether the call was made.
+            ConflictError: The check does not hold: one of its keys has changed after `since`, or the owner that got the call
+                first has ended. Nothing was changed.
+            TypeMismatchError: The stored value does not allow the call. Nothing was changed.
+            InvalidValueError: The call is too large for one message, or the owner refuses the new value. Nothing was changed.
+            UnavailableError: No owner has answered for 10 s. The call was made once, or not at all.
+            UnsupportedError: The next owner does not admit this client.
             StorageError: The owner could not write. The change may still become durable.
         """
         self._last += 1
@@ -172,7 +175,7 @@ class Client:
         return made
 
     async def _settled(self, make: Make) -> Ok | Raised | Refused | Failed:
-        """Send the open call until an owner has answered."""
+        """Send the open call until an owner has answered. For the errors, see `call`."""
         while True:
             assert self._connection is not None
             assert self._answer is not None

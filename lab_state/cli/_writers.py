@@ -42,13 +42,14 @@ CHANGED = "the key {!r} was changed meanwhile, so nothing was written: read it a
 
 
 class Writer(Protocol):
-    """The writing calls of the command. Each returns when its change is durable."""
+    """The writing calls of the command. Their changes are durable at the end of the block of `writer`."""
 
     async def set(self, key: str, value: Any, ttl: float | None, since: int | None) -> int:
         """Store a value, and return the revision. With `since`, store the value only if the key has not changed after this revision.
 
         Raises:
-            ConflictError: The key was changed, or the records do not show whether it was. Nothing was written.
+            ConflictError: The key was changed, or the records do not show whether it was. Or the state is stopped, and its
+                revision is below `since`. Nothing was written.
         """
         ...
 

@@ -26,7 +26,7 @@ MOST_BYTES = 16 * 1024 * 1024
 """The largest total size of a client's open calls, in bytes. A call that is larger can be open if there is no other open call."""
 
 NEVER = -1
-"""The revision of a check that is always refused."""
+"""The revision of a check that is refused, unless it has neither keys nor prefixes."""
 
 Outcome: TypeAlias = Literal["not made", "unknown"]
 

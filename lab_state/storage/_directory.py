@@ -116,7 +116,11 @@ def missing(path: str) -> UnsupportedError:
 
 
 def absolute(path: str) -> str:
-    """Return the absolute path, without slashes at its end."""
+    """Return the absolute path, without slashes at its end.
+
+    Raises:
+        UnsupportedError: The path is relative, and the current directory was deleted.
+    """
     if not os.path.isabs(path):
         try:
             path = os.path.join(os.getcwd(), path)

@@ -80,7 +80,7 @@ class FileStorage:
         history: Seconds | None = None,
         history_bytes: int | None = 1 << 30,
     ) -> None:
-        """Check and keep the settings. No file is touched before a call of `open` or `read`.
+        """Check and keep the settings. This touches no file.
 
         Args:
             directory: The directory of the files. If it is missing, `start()` creates it and
