@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from histories import START, checkpoint
 from history_walk import Walk
-from s3_scenarios import session_of_all
-from s3_world import Bucket, QuickTime
+from s3_world import Bucket, QuickTime, session_of_all
 
 from lab_state import Config, FileStorage, Manager, list_generations, read_state
 from lab_state.storage import _keeping, _new_journal

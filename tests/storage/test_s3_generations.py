@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from histories import checkpoint
 from s3_proxy import Before, Proxy, answers, lost
-from s3_scenarios import session_of_all
 from s3_world import Bucket, given
 
 from lab_state import CorruptionError, Manager, UnavailableError, UnsupportedError, list_generations, read_state
@@ -55,7 +54,7 @@ async def run(
 
 async def check(bucket: Bucket, model: Model, clock: ManualClock) -> None:
     """Compare each moment of the model with what is read."""
-    storage = bucket.storage(session=session_of_all())
+    storage = bucket.storage()
     for revision, (time, values) in model.items():
         view = await read_state(NAME, storage, at=revision)
         assert (view.revision, await view.get_all()) == (revision, values)

@@ -12,7 +12,6 @@ from typing import Any
 import aiohttp
 import pytest
 from s3_proxy import Proxy, answers
-from s3_scenarios import session_of_all
 from s3_world import VIEW, Bucket, given
 
 from lab_state import S3Storage, UnavailableError
@@ -79,7 +78,7 @@ async def test_cancelled_twice_anywhere(bucket: Bucket) -> None:
     await first.commit(b"1", VIEW)
     await first.aclose()
     for number in range(1000):
-        storage = bucket.storage(session=session_of_all())
+        storage = bucket.storage()
         caller = Interrupter(storage, number).caller
         try:
             session = await caller

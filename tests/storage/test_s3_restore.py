@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from histories import checkpoint
 from s3_proxy import Action, Before, Proxy, answer_lost, answers, done_but_answers, lost
-from s3_scenarios import session_of_all
 from s3_world import VIEW, Bucket
 from seeded import Change, put_in
 
@@ -65,8 +64,28 @@ def records(bucket: Bucket) -> list[str]:
     return [key for key, size in bucket.keys(JOURNAL).items() if size]
 
 
+_filled: dict[float | None, tuple[Model, dict[str, tuple[bytes, dict[str, str]]]]] = {}
+
+
 async def fill(bucket: Bucket, clock: ManualClock, history: float | None) -> Model:
-    """Make three revisions before a checkpoint, and three after it. Return their values. The writer has crashed."""
+    """Make three revisions before a checkpoint, and three after it. Return their values. The writer has crashed.
+
+    The objects are made once. Later calls put the same objects into their bucket.
+    """
+    if history not in _filled:
+        _filled[history] = await _fill(bucket, ManualClock(), history)
+    model, objects = _filled[history]
+    clock.advance(6)
+    for key in bucket.keys(BASE).keys() - objects.keys():
+        bucket.delete(key)
+    for key, (data, metadata) in objects.items():
+        bucket.put(key, data, metadata)
+    return model
+
+
+async def _fill(
+    bucket: Bucket, clock: ManualClock, history: float | None
+) -> tuple[Model, dict[str, tuple[bytes, dict[str, str]]]]:
     model: Model = {}
     state = Manager(NAME, bucket.storage(history=history), clock=clock)
     await state.start()
@@ -80,11 +99,7 @@ async def fill(bucket: Bucket, clock: ManualClock, history: float | None) -> Mod
             await checkpoint(state)
     objects = {key: bucket.get(key) for key in bucket.keys(BASE)}
     await state.stop()
-    for key in bucket.keys(BASE).keys() - objects.keys():
-        bucket.delete(key)
-    for key, (data, metadata) in objects.items():
-        bucket.put(key, data, metadata)
-    return model
+    return model, objects
 
 
 async def values(bucket: Bucket, clock: ManualClock, name: str = NAME, **arguments: Any) -> dict[str, Any]:
@@ -242,7 +257,7 @@ async def test_a_restore_that_is_cancelled(bucket: Bucket, proxy: Proxy, clock: 
     """Whichever request is sent, the state is the old one or the restored one, and the next call restores it."""
     model = await fill(bucket, clock, WEEK)
     for number in itertools.count(1, 7 if THOROUGH else 23):
-        storage = bucket.storage(proxy.url, session=session_of_all())
+        storage = bucket.storage(proxy.url)
         restore = restore_state(NAME, storage, 8, into=NAME, clock=clock)
         if await restored_unless_cancelled(proxy, number, restore) is not None:
             break
@@ -340,7 +355,7 @@ async def test_a_damaged_state_whose_restore_is_cancelled(bucket: Bucket, proxy:
     damage_record(bucket)
     damaged = {key: bucket.get(key)[0] for key in [SNAPSHOT, *records(bucket)]}
     for number in itertools.count(1, 5 if THOROUGH else 40):
-        storage = bucket.storage(proxy.url, session=session_of_all())
+        storage = bucket.storage(proxy.url)
         restore = restore_state(NAME, storage, 4, into=NAME, clock=clock)
         done = await restored_unless_cancelled(proxy, number, restore)
         kept = [key for key in bucket.keys(BASE) if ".damaged-" in key]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import s3_scenarios
-from s3_world import Bucket, endpoint
+from s3_world import Bucket, endpoint, session_of_all
 from seeded import Change, put_in
 
 from lab_state import UnavailableError
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unclosed file <tempfile.SpooledT
 
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    s3_scenarios.session_of_all()  # made outside the event loop, for it reads files
+    session_of_all()  # made outside the event loop, for it reads files
     caplog.set_level(logging.CRITICAL, "lab_state")
     yield
     gc.collect()
