@@ -67,23 +67,33 @@ def fastmcp(session: nox.Session) -> None:
     session.run("pytest", "tests/integrations/fastmcp_page.py", *session.posargs, env=WHEEL_ONLY)
 
 
+S3_TESTS = (
+    "tests/migrations/test_s3_schema.py",
+    "tests/storage/test_s3_conformance.py",
+    "tests/storage/test_s3.py",
+    "tests/storage/test_s3_faults.py",
+    "tests/storage/test_s3_generations.py",
+    "tests/storage/test_s3_history.py",
+    "tests/storage/test_s3_opening.py",
+    "tests/storage/test_s3_restore.py",
+    "tests/storage/test_s3_secrets.py",
+)
+S3_THOROUGH = {**WHEEL_ONLY, "LAB_STATE_S3_THOROUGH": "1"}
+
+
+@nox.session(name="s3-faults")
+def s3_faults(session: nox.Session) -> None:
+    """Test `S3Storage` with moto, with each fault at each request. `tests` has some of the faults."""
+    session.install(".", *_group("test"))
+    session.run("pytest", *AT_ONCE, *(session.posargs or S3_TESTS), env=S3_THOROUGH)
+
+
 @nox.session(name="s3-real")
 def s3_real(session: nox.Session) -> None:
     """Test `S3Storage` with a real store: Ceph's gateway on the loopback interface. Skip the session if it is not installed."""
     session.install(".", *_group("test"))
-    tests = session.posargs or [
-        "tests/migrations/test_s3_schema.py",
-        "tests/storage/test_s3_conformance.py",
-        "tests/storage/test_s3.py",
-        "tests/storage/test_s3_faults.py",
-        "tests/storage/test_s3_generations.py",
-        "tests/storage/test_s3_history.py",
-        "tests/storage/test_s3_opening.py",
-        "tests/storage/test_s3_restore.py",
-        "tests/storage/test_s3_secrets.py",
-    ]
-    environment = {**WHEEL_ONLY, "LAB_STATE_S3_THOROUGH": "1"}
-    session.run("python", "tests/servers/rgw.py", "python", "-m", "pytest", *tests, env=environment)
+    tests = session.posargs or S3_TESTS
+    session.run("python", "tests/servers/rgw.py", "python", "-m", "pytest", *tests, env=S3_THOROUGH)
 
 
 @nox.session(name="s3-scenarios")

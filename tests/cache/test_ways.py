@@ -28,7 +28,9 @@ def manager(cache: RedisCache) -> Manager:
 def documented() -> tuple[list[str], list[str]]:
     """Return the commands that the page says a writer needs, and a reader."""
     needed = re.search(
-        r"^The user needs.*?: `([A-Z\s]+)`; a reader only `([A-Z\s]+)`", PAGE.read_text(), re.DOTALL | re.MULTILINE
+        r"^The user needs.*?: `([A-Z\s]+)`; a reader needs only `([A-Z\s]+)`",
+        PAGE.read_text(),
+        re.DOTALL | re.MULTILINE,
     )
     assert needed is not None
     return needed[1].split(), needed[2].split()

@@ -23,7 +23,7 @@ from recovery import Recovery
 from test_seeded_bugs import violation
 from workloads import Workload
 
-STATES = int(os.environ.get("LAB_STATE_HISTORY_STATES", "200"))
+STATES = int(os.environ.get("LAB_STATE_HISTORY_STATES", "120"))
 THOROUGH = STATES >= 50_000
 LEAST_FAULTS = 10 if THOROUGH else 1
 """The number of faults in each test. They are drawn from all those that its plan has."""

@@ -8,8 +8,8 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any, TypeVar
 
 from aiobotocore.session import get_session
 
@@ -19,10 +19,20 @@ from lab_state.storage._protocol import SnapshotSource
 from lab_state.storage.s3._time import Time
 from lab_state.testing import ManualClock
 
+Case = TypeVar("Case")
+
 ENDPOINT = "LAB_STATE_TEST_S3_ENDPOINT"
 """An environment variable that `nox -s s3-real` sets: the address of a real store. Its credentials are in the environment, too."""
 
+THOROUGH = bool(os.environ.get("LAB_STATE_S3_THOROUGH"))
+"""Whether each fault is tried in each part. `nox -s s3-faults` and `nox -s s3-real` set it. Otherwise some of the faults are tried."""
+
 _numbers = itertools.count()
+
+
+def some(cases: Iterable[Case], step: int) -> list[Case]:
+    """Return each case if the run is thorough, otherwise one of `step` cases."""
+    return list(cases)[:: 1 if THOROUGH else step]
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from itertools import product
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from s3_proxy import Forward, Proxy, Request, Response
-from s3_world import Bucket, endpoint
+from s3_world import THOROUGH, Bucket, endpoint
 
 from lab_state import Manager, MigrationDraft, Restored, Schema, SchemaError, StorageError, read_state, restore_state
 from lab_state.testing import ManualClock
@@ -20,11 +19,8 @@ WEEK = 7 * 24 * 3600.0
 OLD: dict[str, Any] = {"users/ann": {"name": "Ann B"}, "users/bob": {"name": "Bob C"}, "n": 1}
 NEW: dict[str, Any] = {"people/ann": {"first": "Ann", "last": "B"}, "people/bob": {"first": "Bob", "last": "C"}, "n": 1}
 
-THOROUGH = bool(os.environ.get("LAB_STATE_S3_THOROUGH"))
-"""Whether there is a crash at each write, and not only at the record of the migration. `nox -s s3-real` sets it."""
-
 POINTS = [*product(range(1, 12), (False, True))] if THOROUGH else [(5, False), (5, True)]
-"""The write at which the process crashes, and whether the store has executed that write."""
+"""The write at which the process crashes, and whether the store has executed that write. Otherwise only the record of the migration."""
 
 
 def split(draft: MigrationDraft) -> None:

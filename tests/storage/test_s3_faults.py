@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import product
 
 import pytest
 from running import flusher_of
@@ -23,7 +24,7 @@ from s3_proxy import (
     lost,
     without_etag,
 )
-from s3_world import VIEW, Bucket, QuickTime, given
+from s3_world import VIEW, Bucket, QuickTime, given, some
 
 from lab_state import (
     Config,
@@ -64,29 +65,28 @@ async def records(bucket: Bucket) -> tuple[bytes, ...]:
 # A commit
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        answer_lost,
-        lost,
-        done_but_answers(500),
-        done_but_answers(409, "ConditionalRequestConflict"),
-        done_but_answers(412, "PreconditionFailed"),
-        done_but_answers(304),
-        done_but_answers(404, "NoSuchKey"),
-        answers(500, "InternalError"),
-        answers(502),
-        answers(503, "SlowDown"),
-        answers(504),
-        answers(429, "TooManyRequests"),
-        answers(409, "ConditionalRequestConflict"),
-        answers(409, "ConcurrentModification"),
-        answers(400, "RequestTimeout"),
-        answers(400, "BadDigest"),
-        without_etag,
-    ],
-)
-@pytest.mark.parametrize("times", [1, 3])
+FAULTS_OF_A_COMMIT = [
+    answer_lost,
+    lost,
+    done_but_answers(500),
+    done_but_answers(409, "ConditionalRequestConflict"),
+    done_but_answers(412, "PreconditionFailed"),
+    done_but_answers(304),
+    done_but_answers(404, "NoSuchKey"),
+    answers(500, "InternalError"),
+    answers(502),
+    answers(503, "SlowDown"),
+    answers(504),
+    answers(429, "TooManyRequests"),
+    answers(409, "ConditionalRequestConflict"),
+    answers(409, "ConcurrentModification"),
+    answers(400, "RequestTimeout"),
+    answers(400, "BadDigest"),
+    without_etag,
+]
+
+
+@pytest.mark.parametrize(("times", "fault"), some(product([1, 3], FAULTS_OF_A_COMMIT), 2))
 async def test_a_commit_gets_through(bucket: Bucket, proxy: Proxy, fault: object, times: int) -> None:
     """Whatever happens to the request of a commit or its answer, the record is stored once when `commit` returns."""
     session = await bucket.storage(proxy.url).open(NAME)
@@ -409,19 +409,18 @@ async def test_opening_gives_up_when_others_never_stop(bucket: Bucket, proxy: Pr
 # Checkpoints
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        answer_lost,
-        lost,
-        done_but_answers(500),
-        done_but_answers(412, "PreconditionFailed"),
-        answers(503, "SlowDown"),
-        answers(409, "ConditionalRequestConflict"),
-        without_etag,
-    ],
-)
-@pytest.mark.parametrize("before", [0, 1])
+FAULTS_OF_A_CHECKPOINT = [
+    answer_lost,
+    lost,
+    done_but_answers(500),
+    done_but_answers(412, "PreconditionFailed"),
+    answers(503, "SlowDown"),
+    answers(409, "ConditionalRequestConflict"),
+    without_etag,
+]
+
+
+@pytest.mark.parametrize(("before", "fault"), some(product([0, 1], FAULTS_OF_A_CHECKPOINT), 2))
 async def test_a_checkpoint_gets_through(bucket: Bucket, proxy: Proxy, fault: object, before: int) -> None:
     """Whatever happens to its request, the snapshot is stored when `checkpoint` returns, and the next one succeeds."""
     session = await bucket.storage(proxy.url).open(NAME)
@@ -700,14 +699,15 @@ async def test_a_large_snapshot_goes_through_a_file(bucket: Bucket, proxy: Proxy
     assert bucket.get(SNAPSHOT)[0] == data * 20
 
 
-async def test_a_second_page_of_the_list_is_read(bucket: Bucket, proxy: Proxy) -> None:
+async def test_a_second_page_of_the_list_is_read(bucket: Bucket, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers after the first page of a list count."""
+    monkeypatch.setattr("lab_state.storage.s3._client._LISTED_AT_ONCE", 10)
     session = await bucket.storage(proxy.url).open(NAME)
-    for number in range(2, 1003):
+    for number in range(2, 13):
         bucket.put(f"{JOURNAL}{number:020d}", b"", {WRITE_ID: "theirs", OWNER: "theirs"})
     with pytest.raises(FencedError, match="theirs"):
         await session.commit(b"1", VIEW)
-    assert list(await numbers(session._store, session._names, 0)) == list(range(1, 1003))
+    assert list(await numbers(session._store, session._names, 0)) == list(range(1, 13))
     assert any("continuation-token" in line for line in proxy.seen)
     await session.aclose()
 

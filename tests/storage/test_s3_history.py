@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Awaitable, Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -26,11 +27,11 @@ from s3_proxy import (
     lost,
     without_etag,
 )
-from s3_world import VIEW, Bucket, QuickTime, given
+from s3_world import VIEW, Bucket, QuickTime, given, some
 from seeded import Change, put_in
 
 from lab_state import FencedError, LabStateError, Manager, S3Storage, UnsupportedError
-from lab_state.storage.s3 import _client, _keeping
+from lab_state.storage.s3 import _Claim, _client, _keeping
 from lab_state.storage.s3._format import KEPT, Names, Older
 from lab_state.storage.s3._keeping import Keeper
 from lab_state.storage.s3._outcomes import WRITE_ID
@@ -224,8 +225,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(("times", "fault"), some(product([1, 3], FAULTS), 3))
 async def test_a_copy_gets_through(bucket: Bucket, proxy: Proxy, copying: Action, fault: Action, times: int) -> None:
     """Whatever happens to the request of a copy or its answer, the copy is whole when the checkpoint has replaced the snapshot."""
     proxy.plan("PUT", ".history/", fault, times=times)
@@ -736,3 +736,4 @@ async def test_a_bug_is_found(bug: str, bucket: Bucket, proxy: Proxy) -> None:
     with put_in(changes), pytest.raises((AssertionError, LabStateError, pytest.fail.Exception)):
         await finder(bucket, proxy)
     gc.collect()
+    _Claim._held.clear()

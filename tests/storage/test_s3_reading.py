@@ -65,7 +65,7 @@ async def test_a_copy_leaves_its_source_alone(bucket: Bucket, tmp_path: Path) ->
         await state.set("b", 2)
         await state.flush()
     assert (await read_state(NAME, target)).revision == 1
-    with pytest.raises(UnsupportedError, match="there is no state"):
+    with pytest.raises(UnsupportedError, match="there is no directory"):
         await copy_state("mistyped", FileStorage(tmp_path / "new"), target)
     assert list(tmp_path.iterdir()) == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import os
 from collections.abc import Awaitable, Callable, Coroutine
 from itertools import product
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from histories import checkpoint
 from s3_proxy import Action, Before, Proxy, answer_lost, answers, done_but_answers, lost
-from s3_world import VIEW, Bucket
+from s3_world import THOROUGH, VIEW, Bucket, some
 from seeded import Change, put_in
 
 from lab_state import (
@@ -45,9 +44,6 @@ SNAPSHOT = f"{BASE}.json"
 HISTORY = f"{BASE}.history/"
 FOREVER = float("inf")
 WEEK = 7 * 24 * 3600.0
-
-THOROUGH = bool(os.environ.get("LAB_STATE_S3_THOROUGH"))
-"""Whether each fault is tried in each part. `nox -s s3-real` sets it. Otherwise some of the faults are tried."""
 
 PARTS = (".json", ".journal", ".history", ".probe")
 
@@ -202,7 +198,7 @@ async def test_a_state_without_a_snapshot(bucket: Bucket, clock: ManualClock, hi
 FAULTS = [lost, answer_lost, answers(500), done_but_answers(500), answers(503, "SlowDown")]
 
 
-@pytest.mark.parametrize(("part", "fault"), [*product(PARTS, FAULTS)][:: 1 if THOROUGH else 6])
+@pytest.mark.parametrize(("part", "fault"), some(product(PARTS, FAULTS), 6))
 async def test_a_restore_gets_through(
     bucket: Bucket, proxy: Proxy, clock: ManualClock, fault: Action, part: str
 ) -> None:
@@ -214,8 +210,7 @@ async def test_a_restore_gets_through(
     assert await values(bucket, clock, at=12) == model[12]
 
 
-@pytest.mark.parametrize("part", PARTS[:: 1 if THOROUGH else 2])
-@pytest.mark.parametrize("fault", [lost, answer_lost, answers(403, "AccessDenied")][: 3 if THOROUGH else 1])
+@pytest.mark.parametrize(("fault", "part"), some(product([lost, answer_lost, answers(403, "AccessDenied")], PARTS), 5))
 async def test_a_restore_that_fails(bucket: Bucket, proxy: Proxy, clock: ManualClock, fault: Action, part: str) -> None:
     """The state is the old one or the restored one. The old one is still in the history. A second call restores it."""
     model = await fill(bucket, clock, WEEK)

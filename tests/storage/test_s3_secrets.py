@@ -209,7 +209,7 @@ async def test_settings_that_cannot_be_read(bucket: Bucket, tmp_path: Path, monk
     (tmp_path / "config").write_text(f"[default\naws_secret_access_key = {SECRET}\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     with pytest.raises(UnsupportedError, match="settings") as caught:
-        await bucket.storage().open(NAME)
+        await bucket.storage(session=None).open(NAME)
     assert SECRET not in text_of(caught.value)
 
 
