@@ -48,7 +48,9 @@ async def test_an_owner_that_stops_hands_the_call_over(tmp_path: Path) -> None:
         first.kill()
         done = await asyncio.to_thread(setting.wait)
         assert (done.code, done.out) == (0, "revision 2\n")
-        await second.set("b", 8)  # if the command took the lock first, the process has the change only after its own takeover
+        await second.set(
+            "b", 8
+        )  # if the command took the lock first, the process has the change only after its own takeover
         assert await second.get("a") == 7
 
 
