@@ -20,6 +20,7 @@ from litestar.plugins import InitPlugin
 from litestar.response import Stream
 from litestar.stores.base import NamespacedStore
 
+from lab_state._transaction import Transaction
 from lab_state.cache import Reader
 from lab_state.exceptions import KeyNotFoundError
 from lab_state.handles import Namespace
@@ -347,11 +348,14 @@ class LabStateStore(NamespacedStore):
         name = part(key)
         if not renew_for:
             return _as_bytes(await self.namespace.get(name, None, type=str | _Base64Bytes))
-        async with self.namespace.transaction() as tx:
+
+        def renewed(tx: Transaction) -> str | _Base64Bytes | None:
             value: str | _Base64Bytes | None = tx.get(name, None, type=str | _Base64Bytes)
             if value is not None and tx.expires_in(name) is not None:
                 tx.set(name, value, ttl=renew_for)
-        return _as_bytes(value)
+            return value
+
+        return _as_bytes(await self.namespace.transact(renewed))
 
     async def delete(self, key: str) -> None:
         """Delete a value, if it exists."""

@@ -317,6 +317,16 @@ async def test_renewing_does_not_bring_back_what_was_deleted(store: LabStateStor
         assert await store.get("key") is None
 
 
+async def test_workers_renew_the_same_value(tmp_path: Path) -> None:
+    """In a shared state, two workers that renew a value at the same time both get it."""
+    config, storage = Config("web", shared=True), FileStorage(tmp_path)
+    async with Manager(config, storage) as owner, Manager(config, storage) as follower:
+        stores = [LabStateStore(each.namespace("litestar")) for each in (owner, follower)]
+        await stores[0].set("key", b"value", expires_in=5)
+        assert await asyncio.gather(*(store.get("key", renew_for=100) for store in stores * 5)) == [b"value"] * 10
+        assert [await store.expires_in("key") for store in stores] == [100, 100]
+
+
 async def test_delete(store: LabStateStore) -> None:
     """A deleted value is gone; deleting what is missing is no error."""
     await store.set("key", b"value", 60)
