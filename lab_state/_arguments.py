@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Collection, Iterable
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias, cast
@@ -216,25 +215,3 @@ def plain_result(call: str, fn: object, result: object) -> object:
             f"{name_of(fn)} given to {call}() must be a plain function, not async: a change with an await in it is not atomic"
         )
     return result
-
-
-def check_storage(storage: object) -> None:
-    """Check that an argument of `Manager` is a storage.
-
-    Raises:
-        TypeError: The argument is a class or a path, or has no method `open`.
-    """
-    kind = storage if isinstance(storage, type) else type(storage)
-    # A `Path` has a method `open`, too, which could create or truncate a file.
-    if kind is storage or not callable(getattr(storage, "open", None)) or isinstance(storage, os.PathLike):
-        raise TypeError(f"storage must be an object such as FileStorage('directory'), not {kind.__name__}")
-
-
-def check_cache(cache: object) -> None:
-    """Check that an argument of `Manager` is a cache.
-
-    Raises:
-        TypeError: The argument is a class, or has no method `open`.
-    """
-    if isinstance(cache, type) or not callable(getattr(cache, "open", None)):
-        raise TypeError(f"cache must be an object such as RedisCache('redis://host'), not {type(cache).__name__}")

@@ -41,6 +41,7 @@ async def list_states(storage: Storage) -> list[StateInfo]:
         UnsupportedError: The storage cannot list its states, because it is from another package. Or the directory is missing, or
             a permission is missing.
         UnavailableError: The states could not be listed this time: call again.
+        TypeError: The argument is not a storage.
     """
     return [StateInfo(*one) for one in await catalog_of(storage).states()]
 
@@ -66,7 +67,7 @@ async def remove_state(name: str, storage: Storage, *, history: bool = False) ->
 
     Raises:
         InvalidNameError: The name is not allowed; see `Config.name`.
-        TypeError: The name is not a `str`.
+        TypeError: The name is not a `str`, or the storage is not a storage.
         LockedError: A manager has the state open: stop it first, in all processes that share the state. In S3, only a manager of
             this process is noticed.
         UnsupportedError: There is neither a state of this name nor a history of it. Or the storage cannot remove states. Or

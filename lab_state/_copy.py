@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from lab_state._argument_types import check_storage
 from lab_state._codec import LoadedState, decode_snapshot, encode_snapshot, replay
 from lab_state._loading import load, view_of
 from lab_state._values import encode
@@ -51,12 +52,16 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
 
     Raises:
         InvalidNameError: The name is not valid; see `Config.name`.
-        TypeError: The source is not a storage, or has no method `read`. Or the name is not a `str`.
+        TypeError: The source or the target is not a storage, or the source has no method `read`. Or the name is not a
+            `str`, or `progress` is not callable.
         UnsupportedError: The target has a state of this name. Or the source has no state of this name, or
             only an empty state that was never written. Or one of the storages cannot be used; the message says why.
         StorageError: Reading or writing failed; see `Storage` and `StorageSession`. Or the copy differs from the source.
     """
     name = Config(name=name).name
+    check_storage(target, "target")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function, not {type(progress).__name__}")
     return await copy_as(name, source, name, target, progress or _silent)
 
 

@@ -52,7 +52,7 @@ async def list_generations(name: str, storage: Storage) -> list[Generation]:
 
     Raises:
         InvalidNameError: The name is not allowed; see `Config.name`.
-        TypeError: The name is not a `str`.
+        TypeError: The name is not a `str`, or the storage is not a storage.
         UnsupportedError: There is no state of this name, and no history of it: check the name and the storage. Or the storage
             is neither a `FileStorage` nor an `S3Storage`. Or a permission is missing.
         CorruptionError: The files in use are damaged, and there is no history: restore a copy.

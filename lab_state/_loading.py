@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+from lab_state._argument_types import kind_of
 from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state._entries import Expiring, Stored
 from lab_state.exceptions import CorruptionError, UnavailableError
@@ -46,7 +47,7 @@ async def load(name: str, storage: Storage) -> Decoded:
     # A storage from another package may lack `read`, because a manager does not call it.
     if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "read", None)):
         raise TypeError(
-            f"{type(storage).__name__} cannot be read without being opened: a storage needs "
+            f"{kind_of(storage)} cannot be read without being opened: a storage needs "
             "`async def read(self, name: str) -> Reading`; see lab_state.Storage"
         )
     return await load_by(storage.read, name)

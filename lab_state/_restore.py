@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import NamedTuple
 
+from lab_state._argument_types import check_clock
 from lab_state._clock import Clock, SystemClock
 from lab_state._codec import LoadedState, encode_snapshot
 from lab_state._expiry import resumed
@@ -71,7 +72,7 @@ async def restore_state(
 
     Raises:
         InvalidNameError: A name is not allowed; see `Config.name`.
-        TypeError: A name is not a `str`, or `at` is neither an `int` nor a `datetime`.
+        TypeError: A name is not a `str`, `at` is neither an `int` nor a `datetime`, or the storage or the clock is none.
         ValueError: The moment is outside of the history, in a hole of it, or in the future, or has no time zone. The message names
             the first and the last moment that can be read, or the moments before and after the hole. Or `into` is another state
             that exists. Nothing was changed.
@@ -85,7 +86,9 @@ async def restore_state(
     """
     name, target = Config(name=name).name, Config(name=into).name
     moment = check_at(at)
-    clock = clock or SystemClock()
+    if clock is not None:
+        check_clock(clock)
+    clock = SystemClock() if clock is None else clock
     history = history_of(storage)
     if name != target:
         return await _restore_new(name, storage, moment, history, target, clock)

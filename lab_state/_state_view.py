@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from lab_state._argument_types import check_clock
 from lab_state._clock import Clock, SystemClock
 from lab_state._core import CallCore
 from lab_state._expiry import resumed
@@ -119,11 +120,13 @@ async def read_state(
         ValueError: `at` is a `datetime` without a time zone. Or the moment is outside of the history, in a hole of it, or
             in the future. For a moment that cannot be read, the message names the first and the last moment that can be
             read, or the moments before and after the hole: pass one of these.
-        TypeError: Without `at`: `storage` is not a storage, or has no method `read`. Or the name is not a `str`, or `at` is
-            neither an `int` nor a `datetime`.
+        TypeError: `storage` is not a storage, or has no method `read`. Or the name is not a `str`, or `at` is
+            neither an `int` nor a `datetime`, or `clock` is not a clock.
     """
     name = Config(name=name).name
-    now = (clock or SystemClock()).time()
+    if clock is not None:
+        check_clock(clock)
+    now = (SystemClock() if clock is None else clock).time()
     if at is None:
         try:
             return StateView(name, await load(name, storage), now)

@@ -15,7 +15,7 @@ import msgspec
 
 from lab_state import _forks as forks
 from lab_state._alone import run_alone, told_of_commits
-from lab_state._arguments import check_cache, check_storage
+from lab_state._argument_types import check_cache, check_clock, check_storage
 from lab_state._backup import BackedUp, Backups
 from lab_state._clock import Clock, GuardedClock, SystemClock
 from lab_state._core import Core
@@ -123,6 +123,8 @@ class Manager(Scope, BackedUp):
         check_storage(storage)
         if cache is not None:
             check_cache(cache)
+        if clock is not None:
+            check_clock(clock)
         if on_fenced is not None:
             check_on_fenced(on_fenced)
         self._schema = WITHOUT if schema is None else checked_schema(schema)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import redis
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,13 +34,18 @@ from lab_state import (
     MemoryStorage,
     Namespace,
     Reader,
+    RedisCache,
+    S3Storage,
     StateView,
     Transaction,
+    copy_state,
+    list_states,
     read_state,
+    restore_state,
 )
 from lab_state._arguments import RESERVED, check_key, check_keys
 from lab_state._periods import LONGEST_TTL, check_history
-from lab_state.testing import ManualClock
+from lab_state.testing import FaultyStorage, ManualClock
 
 BEFORE = {"a": 1, "n/a": 1}
 
@@ -309,3 +319,85 @@ def test_a_bad_history(history: Any, size: Any, error: type[Exception]) -> None:
     """A history of a wrong type, or out of bounds, is refused, and the message names the argument."""
     with pytest.raises(error, match="history"):
         check_history(history, size)
+
+
+# Other constructors and functions
+
+NO_TEXT: list[Any] = [3, b"a", Path("a"), ["a"], object()]
+NO_CLOCK: list[Any] = [3, ManualClock, time]
+NO_STORAGE: list[Any] = [3, None, b"a", Path("a"), "a", MemoryStorage]
+
+MADE: list[tuple[str, Callable[..., object], dict[str, list[Any]]]] = [
+    (
+        "S3Storage",
+        partial(S3Storage, bucket="bucket"),
+        {
+            "bucket": [*NO_TEXT, None, True],
+            "prefix": [*NO_TEXT, None],
+            "endpoint_url": NO_TEXT,
+            "region_name": NO_TEXT,
+            "session": [3, "a", AioSession],
+            "config": [3, {}, AioConfig],
+        },
+    ),
+    (
+        "RedisCache",
+        partial(RedisCache, url="redis://host"),
+        {"url": [*NO_TEXT, None, redis.ConnectionPool()], "prefix": [*NO_TEXT, None], "clock": NO_CLOCK},
+    ),
+    (
+        "RedisCache.reader",
+        partial(RedisCache("redis://host").reader, name="a"),
+        {"name": [*NO_TEXT, None], "clock": NO_CLOCK},
+    ),
+    ("MemoryCache.reader", partial(MemoryCache().reader, name="a"), {"name": [*NO_TEXT, None], "clock": NO_CLOCK}),
+    ("FaultyStorage", FaultyStorage, {"inner": NO_STORAGE}),
+    (
+        "Manager",
+        partial(Manager, config="a", storage=MemoryStorage()),
+        {"storage": NO_STORAGE, "cache": [3, Path("a"), MemoryCache], "clock": NO_CLOCK},
+    ),
+    (
+        "copy_state",
+        partial(copy_state, name="a", source=MemoryStorage(), target=MemoryStorage()),
+        {"name": [*NO_TEXT, None], "source": NO_STORAGE, "target": NO_STORAGE, "progress": [3, "a"]},
+    ),
+    (
+        "read_state",
+        partial(read_state, name="a", storage=MemoryStorage()),
+        {"name": [*NO_TEXT, None], "storage": NO_STORAGE, "clock": NO_CLOCK},
+    ),
+    (
+        "restore_state",
+        partial(restore_state, name="a", storage=MemoryStorage(), at=1, into="b"),
+        {"name": [*NO_TEXT, None], "storage": NO_STORAGE, "into": [*NO_TEXT, None], "clock": NO_CLOCK},
+    ),
+    ("list_states", list_states, {"storage": NO_STORAGE}),
+]
+"""What has an argument of a wrong type: how it is made or called, and the wrong values of each argument."""
+
+
+@pytest.mark.parametrize(
+    ("make", "argument", "wrong"),
+    [
+        pytest.param(make, argument, wrong, id=f"{name}-{argument}")
+        for name, make, arguments in MADE
+        for argument, wrong in arguments.items()
+    ],
+)
+async def test_an_argument_of_a_wrong_type(make: Callable[..., Any], argument: str, wrong: list[Any]) -> None:
+    """`TypeError`, and the message says which type was given."""
+    for value in wrong:
+        kind = value.__name__ if isinstance(value, type) else type(value).__name__
+        with pytest.raises(TypeError, match=rf"\b{kind}\b"):
+            if inspect.isawaitable(result := make(**{argument: value})):
+                await result
+
+
+@pytest.mark.parametrize("cache", [MemoryCache(), RedisCache("redis://host")], ids=repr)
+@pytest.mark.parametrize("name", ["", "a/b", "../a", "a" * 129])
+def test_the_name_of_a_reader(cache: MemoryCache | RedisCache, name: str) -> None:
+    """It is the name of a state, by the rule of `Config.name`. A refused name leaves no mirror."""
+    with pytest.raises(InvalidNameError):
+        cache.reader(name)
+    assert repr(cache) in {"<MemoryCache []>", "<RedisCache host:6379>"}

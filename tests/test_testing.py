@@ -83,7 +83,11 @@ def test_what_is_no_argument_is_refused_at_once() -> None:
     """A storage, a config or a directory of the wrong kind is a clear error where it is given."""
     with pytest.raises(TypeError, match="config must be a Config or a str"):
         Manager(5, MemoryStorage())  # type: ignore[arg-type]
-    for storage, kind in (("s3://me:hunter2@host", "str"), (MemoryStorage, "MemoryStorage"), (None, "NoneType")):
+    for storage, kind in (
+        ("s3://me:hunter2@host", "str"),
+        (MemoryStorage, "the class MemoryStorage"),
+        (None, "NoneType"),
+    ):
         with pytest.raises(TypeError, match=rf"storage must be an object .*, not {kind}$") as caught:
             Manager(Config(name="x"), storage)  # type: ignore[arg-type]
         assert "hunter2" not in str(caught.value)

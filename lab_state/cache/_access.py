@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from typing import Any, cast
 
+from lab_state._argument_types import check_clock
 from lab_state._arguments import OnMismatch, check_key, check_limit, check_on_mismatch, check_prefix
 from lab_state._clock import Clock, SystemClock
 from lab_state._entries import MISSING, Expiring, Json, Stored, Value
@@ -30,6 +31,8 @@ class MirrorAccess(Iterates):
     """The local copy of a reader, the source of its mirror, and the reads from both. `Reader` has the public calls."""
 
     def __init__(self, name: str, source: Source, *, local: bool, clock: Clock | None) -> None:
+        if clock is not None:
+            check_clock(clock)
         self._name = name
         self._source = source
         self._is_local = local

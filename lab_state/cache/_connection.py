@@ -22,6 +22,7 @@ import redis.exceptions as problems
 from redis.asyncio import ConnectionPool
 
 from lab_state import _forks as forks
+from lab_state._argument_types import kind_of
 from lab_state._clock import Clock, within
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 from lab_state.storage._worker import Threads, Worker
@@ -110,9 +111,12 @@ class Dialer:
 
         Raises:
             ValueError: The text is not a URL of Redis.
+            TypeError: `url` is neither a text nor a pool of `redis.asyncio`.
         """
         if isinstance(url, str):
             _check_url(url)
+        elif not isinstance(url, ConnectionPool):
+            raise TypeError(f"url must be a str or a ConnectionPool of redis.asyncio, not {kind_of(url)}")
         try:
             pool = cast("Any", ConnectionPool).from_url(url) if isinstance(url, str) else url
         except ValueError:

@@ -11,6 +11,7 @@ from lab_state.cache._format import HEAD, MOST_MESSAGE_BYTES, head, message, mes
 from lab_state.cache._protocol import Seen, Slice, Step
 from lab_state.cache._source import Fetched
 from lab_state.cache.reader import Reader
+from lab_state.config import Config
 from lab_state.exceptions import UnavailableError
 
 _FREED_AT_ONCE = 1000
@@ -115,6 +116,7 @@ class MemoryCache:
 
     def reader(self, name: str, *, local: bool = False, clock: Clock | None = None) -> Reader:
         """Return a reader of a state's mirror; see `RedisCache.reader`. By default, `clock` is the clock of the machine."""
+        name = Config(name=name).name
         return Reader(name, MemorySource(self.mirrors.setdefault(name, MemoryMirror()), name), local=local, clock=clock)
 
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lab_state._argument_types import check_clock
+from lab_state._arguments import check_prefix
 from lab_state._clock import Clock, SystemClock
 from lab_state.cache._format import Keys
 from lab_state.cache._protocol import CacheSession
 from lab_state.cache.reader import Reader
+from lab_state.config import Config
 
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
@@ -40,6 +43,7 @@ class RedisCache:
             ImportError: The extra is missing: `pip install 'lab-state[redis]'`, or
                 `pip install '.[redis]'` in a clone of lab_state.
             ValueError: `url` is not a URL of Redis.
+            TypeError: An argument has the wrong type.
         """
         try:
             from lab_state.cache._connection import Dialer  # noqa: PLC0415 -- an extra
@@ -49,8 +53,10 @@ class RedisCache:
                 "or pip install '.[redis]' in a clone of lab_state",
                 name="redis",
             ) from error
+        if clock is not None:
+            check_clock(clock)
         self._dialer = Dialer(url)
-        self._prefix = prefix
+        self._prefix = check_prefix(prefix)
         self._clock: Clock = SystemClock() if clock is None else clock
 
     def __repr__(self) -> str:
@@ -72,8 +78,13 @@ class RedisCache:
                 memory as the whole state, and some time to be loaded.
             clock: A clock for tests; by default the clock of the cache. The reader uses it to decide
                 which keys have expired, and to measure timeouts.
+
+        Raises:
+            InvalidNameError: The name is not allowed; see `Config.name`.
+            TypeError: The name is not a `str`, or `clock` is not a clock.
         """
         from lab_state.cache._redis_source import RedisSource  # noqa: PLC0415 -- an extra
 
-        clock = clock or self._clock
+        name = Config(name=name).name
+        clock = self._clock if clock is None else clock
         return Reader(name, RedisSource(self._dialer, Keys(self._prefix, name), clock), local=local, clock=clock)

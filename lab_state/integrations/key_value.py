@@ -59,7 +59,7 @@ class LabStateStore:
             default_collection: The collection for calls that do not name one.
 
         Raises:
-            TypeError: `namespace` is not a `Namespace`.
+            TypeError: `namespace` is not a `Namespace`, or `default_collection` is not a `str`.
             InvalidKeyError: The prefix of the namespace is too long.
         """
         if not isinstance(namespace, Namespace):
@@ -68,7 +68,7 @@ class LabStateStore:
             f"{'c' * LONGEST}/{'k' * LONGEST}", dict
         )  # raises an error if the longest possible key is too long
         self._namespace = namespace
-        self.default_collection: Final = default_collection
+        self.default_collection: Final = _text("default_collection", default_collection)
 
     def __repr__(self) -> str:
         """Return the class and the namespace."""

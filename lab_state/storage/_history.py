@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from lab_state._argument_types import check_storage
 from lab_state.exceptions import StorageError, UnsupportedError
 from lab_state.storage._generations import Span
 from lab_state.storage._protocol import Reading, SnapshotSource, StorageSession
@@ -178,11 +179,13 @@ def history_of(storage: object) -> History:
 
     Raises:
         UnsupportedError: The storage keeps no history.
+        TypeError: The argument is not a storage.
     """
     if isinstance(storage, _HasHistory) and not isinstance(storage, type):
         return storage._history()  # noqa: SLF001 -- the storages of this package have it for this function
+    check_storage(storage)
     raise UnsupportedError(
-        f"{_kind(storage)} keeps no history: use a FileStorage or an S3Storage to read or restore earlier moments of a state"
+        f"{type(storage).__name__} keeps no history: use a FileStorage or an S3Storage to read or restore earlier moments of a state"
     )
 
 
@@ -191,11 +194,9 @@ def catalog_of(storage: object) -> Catalog:
 
     Raises:
         UnsupportedError: The storage cannot list its states.
+        TypeError: The argument is not a storage.
     """
     if isinstance(storage, _HasCatalog) and not isinstance(storage, type):
         return storage._catalog()  # noqa: SLF001 -- the storages of this package have it for this function
-    raise UnsupportedError(f"{_kind(storage)} cannot list or remove its states: use its own tools")
-
-
-def _kind(storage: object) -> str:
-    return storage.__name__ if isinstance(storage, type) else type(storage).__name__
+    check_storage(storage)
+    raise UnsupportedError(f"{type(storage).__name__} cannot list or remove its states: use its own tools")

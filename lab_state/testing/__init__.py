@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar, get_args, runtime_checkable
 
+from lab_state._argument_types import check_storage
 from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.storage._protocol import Reading, Recovery, SnapshotSource, Storage, StorageSession
 from lab_state.testing._conformance import StorageConformance
@@ -112,7 +113,12 @@ class FaultyStorage:
     """
 
     def __init__(self, inner: Storage) -> None:
-        """Pass each call to `inner`, unless a fault is planned for it."""
+        """Pass each call to `inner`, unless a fault is planned for it.
+
+        Raises:
+            TypeError: `inner` is not a storage.
+        """
+        check_storage(inner, "inner")
         self._inner = inner
         self._faults: dict[Operation, deque[_Fault | None]] = {}
         self._random: Callable[[Operation], _Fault | None] = _none
@@ -138,6 +144,7 @@ class FaultyStorage:
 
         Raises:
             ValueError: `rate` is out of bounds.
+            TypeError: `inner` is not a storage.
         """
         if not 0 < rate < 1:
             raise ValueError(f"rate must be above 0 and below 1, not {rate}: 0.1 is one call in ten")

@@ -13,6 +13,7 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
+from lab_state._argument_types import check_text, has_calls, kind_of
 from lab_state._clock import SystemClock
 from lab_state._periods import Seconds, check_history
 from lab_state.exceptions import LockedError, UnsupportedError
@@ -120,7 +121,7 @@ class S3Storage:
             ImportError: The extra is missing: `pip install 'lab-state[s3]'`, or
                 `pip install '.[s3]'` in a clone of lab_state.
             ValueError: An argument is out of bounds.
-            TypeError: `history` or `history_bytes` has a wrong type.
+            TypeError: An argument has the wrong type.
         """
         _check_extra()
         length = check_history(history, history_bytes)
@@ -128,9 +129,9 @@ class S3Storage:
         self._bucket = _checked_bucket(bucket)
         self._prefix = _checked_prefix(prefix)
         self._endpoint_url = None if endpoint_url is None else _checked_endpoint(endpoint_url)
-        self._region_name = region_name
-        self._session = session
-        self._config = config
+        self._region_name = None if region_name is None else check_text("region_name", region_name)
+        self._session = None if session is None else _checked_session(session)
+        self._config = None if config is None else _checked_config(config)
         self._time = Time(SystemClock())
 
     def __repr__(self) -> str:
@@ -317,13 +318,15 @@ def _import() -> None:
 
 
 def _checked_bucket(bucket: str) -> str:
-    if not _BUCKET.fullmatch(str(bucket)):
-        shown = "this" if "@" in str(bucket) else repr(bucket)  # the text may be a URL with a password in it
+    bucket = check_text("bucket", bucket)
+    if not _BUCKET.fullmatch(bucket):
+        shown = "this" if "@" in bucket else repr(bucket)  # the text may be a URL with a password in it
         raise ValueError(f"{shown} is not the name of a bucket: it needs 3 to 63 letters, digits, dots and hyphens")
     return bucket
 
 
 def _checked_prefix(prefix: str) -> str:
+    prefix = check_text("prefix", prefix)
     parts = prefix.split("/")
     if prefix and ("" in parts or "." in parts or ".." in parts or not prefix.isprintable()):
         raise ValueError(
@@ -337,6 +340,7 @@ def _checked_prefix(prefix: str) -> str:
 def _checked_endpoint(url: str) -> str:
     from urllib.parse import urlsplit  # noqa: PLC0415 -- it takes 2 % of `import lab_state`, and few programs need it
 
+    url = check_text("endpoint_url", url)
     wanted = "endpoint_url must be like 'https://s3.example:9000'"
     try:
         parts = urlsplit(url)
@@ -350,3 +354,15 @@ def _checked_endpoint(url: str) -> str:
     if parts.query or parts.fragment:
         raise ValueError(f"{wanted}, without a query or a fragment")
     return url
+
+
+def _checked_session(session: Any) -> Any:
+    if not has_calls(session, "create_client"):
+        raise TypeError(f"session must be a session of aiobotocore, not {kind_of(session)}")
+    return session
+
+
+def _checked_config(config: Any) -> Any:
+    if not has_calls(config, "merge"):
+        raise TypeError(f"config must be an AioConfig of aiobotocore, not {kind_of(config)}")
+    return config
