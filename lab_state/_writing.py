@@ -8,7 +8,7 @@ after one check.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from lab_state import _batch
@@ -383,22 +383,33 @@ class Writing(Reads):
 
     def _encode(self, key: object, value: object) -> Value:
         """Return the stored form of a value of a key. If the value is refused, count the error."""
-        check = self._core.value_check
         try:
             stored = encode_value(value)
-            if check is not None:
-                check(self._full(key), stored)
         except InvalidValueError:
             self._core.counters.set_errors += 1
             raise
+        if self._core.value_check is not None:
+            self._check_fits(self._core.value_check, key, stored)
         return stored
 
     def _encode_one(self, key: str, value: object) -> Value:
         """Return the stored form of one of several values. The error names its key."""
         try:
-            return self._encode(key, value)
+            stored = encode_value(value)
         except InvalidValueError as error:
+            self._core.counters.set_errors += 1
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
+        if self._core.value_check is not None:
+            self._check_fits(self._core.value_check, key, stored)
+        return stored
+
+    def _check_fits(self, check: Callable[[str, Value], object], key: object, stored: Value) -> None:
+        """Check a value with the schema. The error names the whole key. If the value is refused, count the error."""
+        try:
+            check(self._full(key), stored)
+        except InvalidValueError:
+            self._core.counters.set_errors += 1
+            raise
 
     def _before_first_change(self, full: str) -> None:
         """Prepare the first change of a key since the last commit: check the event loop, and the key if it is new."""

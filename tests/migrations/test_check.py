@@ -200,6 +200,9 @@ async def test_typed_writes() -> None:
             assert error.value.path == path
         with pytest.raises(InvalidValueError, match="the value of 'users/a' does not fit the schema: not a `User`"):
             state.set_nowait("users/a", {})
+        for handle, key in ((state, "users/a"), (state.namespace("users"), "a")):
+            with pytest.raises(InvalidValueError, match=r"^the value of 'users/a' does not fit the schema"):
+                await handle.set_many({key: {}})
         async with state.transaction() as tx:
             for ttl in (None, 5):
                 with pytest.raises(InvalidValueError, match="does not fit the schema"):
@@ -207,7 +210,7 @@ async def test_typed_writes() -> None:
             with pytest.raises(InvalidValueError, match="does not fit the schema"):
                 tx.update("users/a", lambda _: {})
             tx.set("users/d", User("D"))
-        assert state.metrics().operations[("set", "error")] == 14
+        assert state.metrics().operations[("set", "error")] == 16
         assert await state.keys() == ["n", "other", "users/a", "users/b", "users/d"]
         async for pair in state.items():  # while an iterator is open, writes keep the old values for it
             await state.set("other", pair[0])
