@@ -29,6 +29,7 @@ class RedisSource:
         self._logged_foreign = False  # whether fields of another client were logged
         self._keys = keys
         self._free: list[Connection] = []
+        self._closes = 0  # the number of calls of `aclose`
         self.path: str = f"{dialer.path} {keys.values.decode()}"
 
     async def fetch(self, keys: Sequence[str]) -> Fetched:
@@ -68,26 +69,32 @@ class RedisSource:
         return RedisSubscription(connection)
 
     async def aclose(self) -> None:
-        """Close the free connections. The connection of a running read becomes free after that read."""
+        """Close the free connections. The connection of a running read is closed after that read."""
+        self._closes += 1
+        await self._close_free()
+
+    async def _close_free(self) -> None:
         while self._free:
             await self._free.pop().aclose()
 
     async def _read(self, *commands: bytes) -> list[Any]:
         """Run commands as one transaction of Redis. If this fails on a free connection, try again on a new one."""
+        closes = self._closes
         if self._free:
             try:
-                return await self._on(self._free.pop(), commands)
+                return await self._on(self._free.pop(), commands, closes)
             except UnavailableError:
-                await self.aclose()  # the other free connections are probably lost, too
-        return await self._on(await self._dialer.connect(self._clock), commands)
+                await self._close_free()  # the other free connections are probably lost, too
+        return await self._on(await self._dialer.connect(self._clock), commands, closes)
 
-    async def _on(self, connection: Connection, commands: Sequence[bytes]) -> list[Any]:
+    async def _on(self, connection: Connection, commands: Sequence[bytes], closes: int) -> list[Any]:
+        """Run commands on a connection, and keep it. If `aclose` was called since there were `closes` calls, close it."""
         try:
             answers = await connection.transaction(*commands)
         except BaseException:
             await connection.aclose()
             raise
-        if len(self._free) < _MOST_FREE:
+        if len(self._free) < _MOST_FREE and self._closes == closes:
             self._free.append(connection)
         else:
             await connection.aclose()

@@ -461,6 +461,25 @@ async def test_a_user_who_may_not_look(own_redis: Any) -> None:
         await cache.reader("name")._source.subscribe()
 
 
+@pytest.mark.parametrize("is_lost", [False, True], ids=["kept", "lost"])
+async def test_a_reader_that_is_closed_during_a_read(redis_server: Any, *, is_lost: bool) -> None:
+    """The read ends well, and its connection is closed after it. A later read keeps its connection again."""
+    source: Any = RedisCache(redis_server.url).reader("name")._source
+    await source.fetch(["a"])
+    (connection,) = source._free
+    if is_lost:  # the read opens another connection
+        await connection._connection.disconnect(nowait=True)
+    reading = asyncio.create_task(source.fetch(["a"]))
+    await asyncio.sleep(0)
+    await source.aclose()
+    assert not reading.done()
+    assert (await reading).values == {}
+    assert (source._free, connection._connection.is_connected) == ([], False)
+    await source.fetch(["a"])
+    assert len(source._free) == 1
+    await source.aclose()
+
+
 async def test_an_answer_that_nobody_waits_for(redis_server: Any) -> None:
     """The answer to a ping whose caller was cancelled is not taken for the next one's."""
     subscription = await RedisCache(redis_server.url).reader("name")._source.subscribe()
