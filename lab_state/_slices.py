@@ -1,13 +1,15 @@
 r"""Large JSON in slices, which are encoded and decoded one by one. This module does no I/O.
 
-In a record or a call with many keys, there is a tab before each slice of a large object or array, and before its end::
+A record or a call with many keys has tabs in each object and array of keys, even in an empty one: one tab before
+each slice, and one before the closing bracket::
 
     {"from":41,"to":42,"clear":false,"set":{\t"a":1,"b":2\t,"c":3\t},"delete":[\t],...}
 
 A tab between two members has no meaning in JSON. So each decoder reads the same text, with or without the tabs.
-`unsliced` uses the tabs: it decodes one slice after the other. Its result is right for any text: if each slice is JSON, and so
-is the text without the slices, then the whole text is JSON with these contents. A tab inside of a value makes two slices that
-are not JSON, so they are joined.
+`unsliced` uses the tabs: it decodes one slice after the other. The text need not come from lab_state. If each slice is JSON
+when it is put in brackets, and the text without the slices is JSON, then the whole text is JSON with these contents. If there
+is a tab inside a value, the text before this tab is not JSON. Then `unsliced` tries a longer text, up to a later tab. If no
+text fits, it returns `None`.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ TAB = b"\t"
 """The mark before a slice."""
 
 SLICE_BYTES = 64 * 1024
-"""The size of a slice in bytes. A slice with one large value is larger."""
+"""The approximate size of a slice in bytes: a slice ends when it has reached this size.
+
+A slice with one large value, or with long keys, may be several times as large.
+"""
 
 MOST_AT_ONCE = 500
-"""The largest number of keys, or of small changes, that one call of the encoder encodes."""
+"""The largest number of keys that one call of the encoder encodes in `names` and `times`. A record of more changes has tabs."""
 
 _KEY_BYTES = 128  # added to the size of each value, because a key takes time even if its value is small
-_LONGEST_HEAD = 64 * 1024  # a text whose first tab comes later than this, in bytes, was not written in slices
+_LONGEST_HEAD = 64 * 1024  # in bytes: a text without a tab in its first `_LONGEST_HEAD` bytes was not written in slices
 
 Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """A revision or a time in stored JSON. The decoder refuses numbers that a signed integer of 64 bits cannot hold."""
@@ -52,10 +57,10 @@ _names: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(list[str])
 def parts_of(
     items: Iterable[tuple[str, StoredOrGone]], expires: dict[str, int], deleted: list[str]
 ) -> Iterator[dict[str, Value]]:
-    """Split the entries into parts for `encode`. Each part is small enough for one turn of the event loop.
+    """Split entries and deletions into parts for `members`. A part may be empty.
 
-    There is one exception: a large value is alone in its part, and `pieces` splits it later. A part may be empty.
-    The function adds the expiry times to `expires`, and the deleted keys to `deleted`.
+    `encode` encodes a part in one step of the event loop. A value of `SLICE_BYTES` or more is alone in its part, and
+    `pieces` encodes it. The function adds the expiry times to `expires`, and the deleted keys to `deleted`.
     """
     part: dict[str, Value] = {}
     size = 0
@@ -85,9 +90,10 @@ def parts_of(
 
 
 def members(parts: Iterable[dict[str, Value]], mark: bytes = b"") -> Iterator[bytes]:
-    """Yield the JSON of the members of an object, without the braces. Some slices are empty, so that the event loop can run.
+    """Yield the JSON of the members of an object, without the braces, in pieces.
 
-    `mark` is put before each part: `TAB`, or nothing.
+    An empty piece only lets the event loop run. `mark` is `TAB` or nothing. It is put before each part that is not
+    empty, and not before each piece of a large value.
     """
     comma = mark
     for part in parts:
@@ -120,7 +126,7 @@ def times(expires: Mapping[str, int], mark: bytes = b"") -> Iterator[bytes]:
 
 
 def pieces(large: Value) -> Iterator[bytes]:
-    """Yield the JSON of a large value, a `str` or JSON, in pieces."""
+    """Yield the JSON of a large value in pieces. The value is stored as a `str`, or as JSON."""
     if isinstance(large, str):
         yield b'"'
         for start in range(0, len(large), SLICE_BYTES):
@@ -140,8 +146,8 @@ class Unsliced(NamedTuple):
     """A text that was decoded in slices.
 
     Attributes:
-        frame: The text without the slices, in parts. Together, the parts are JSON with empty objects and arrays in place
-            of those with slices. Each part but the last ends at the beginning of one of them.
+        frame: The text without the slices, in parts. Each part but the last ends with the opening bracket of an object or
+            array that has slices. So joined, the parts have an empty object or array in its place.
         contents: The contents of these objects and arrays, in order. The values of an object are numbers if its name is
             `expires`, and JSON otherwise.
     """
@@ -151,7 +157,7 @@ class Unsliced(NamedTuple):
 
 
 def unsliced(data: bytes | memoryview) -> Generator[None, None, Unsliced | None]:
-    """Decode the slices of a text, and yield after each slice. Return `None` if the text was not written in slices.
+    """Decode the slices of a text, and yield after each slice. Return `None` if it has no slices, or they cannot be decoded.
 
     The frame is not decoded here. The text is JSON with these contents only if the frame is JSON.
     """
@@ -182,7 +188,7 @@ def unsliced(data: bytes | memoryview) -> Generator[None, None, Unsliced | None]
 def _object(
     data: bytes | memoryview, start: int, decoder: msgspec.json.Decoder[Any]
 ) -> Generator[None, None, tuple[dict[str, Any], int] | None]:
-    """Decode the slices of an object. Return its content and the offset of its end; `None` if a slice is not JSON."""
+    """Decode the slices of an object. Return its content, and the offset of its closing brace; `None` if a slice is not JSON."""
     content: dict[str, Any] = {}
     while data[start : start + 1] != b"}":
         found = _slice(data, start, lambda text: decoder.decode(b"{%b}" % text), is_first=not content)
@@ -222,7 +228,7 @@ def _slice(
             str(text, "utf-8")  # msgspec does not check a value that stays JSON
             content = decode(text)
         except NOT_JSON:
-            # Try twice as many bytes, so that all attempts together take about as long as the last two.
+            # Try at least twice as many bytes. So all attempts together take at most about twice as long as the last one.
             end = 2 * tab.end() - start
         else:
             return (content, tab.end()) if content else None

@@ -8,17 +8,18 @@ If few keys are touched, the call looks up all of them. If more are touched, an 
 them up in steps. A synchronous call looks up a few, and corrects its result for the others. So each result
 is right, and the next call has less to do.
 
-A change of many keys gives its set of keys to the index in one short step. Then one of the two sets is `_touched`.
-The other one, `_waiting`, is merged into it in steps.
+A change of many keys gives its set of keys to the index in one short step. The larger one of this set and `_touched`
+becomes `_touched`. The smaller one becomes `_waiting`, and its keys are moved to `_touched` in steps.
 
-There is one change without a note. `set` may store a key that was deleted after the last `State.take`. This
-key is still in `State.changes`, so `set` treats it as a key that exists. Therefore `_gone` has the keys that
-were removed since the last `take`. If no key is touched, the number of sorted keys differs from the number
-of entries only if `set` has stored such a key.
+In one case, a write does not add its key to `_touched`: `set` stores a key that was deleted after the last
+`State.take`. The deletion of this key is still in `State.changes`, so `set` treats the key as one that exists.
+Therefore `_gone` has the keys that were removed since the last `take`. If no key is touched, the number of sorted
+keys differs from the number of entries only if `set` has stored such a key.
 
-The build takes the keys of the dict in slices. If a key is touched before the last slice is taken, all keys
-are taken in one step, which takes about 50 ms for a million. Then the keys are distributed to buckets, whose bounds
-are taken from a sorted sample, and each bucket is sorted. Keys that are in order already are only cut into chunks.
+A large index is built in steps. The build takes the keys of the dict of entries, some thousands in a step. If a key is
+touched before all are taken, the build takes all keys again in one step, which takes about 50 ms for a million. If no
+key was touched, and all keys of the dict are in order already, they are only cut into chunks. Otherwise the keys are
+distributed to buckets, and each bucket is sorted. A sorted sample of the keys gives the bounds of the buckets.
 """
 
 from __future__ import annotations
@@ -40,22 +41,22 @@ class Held(Protocol):
 
 
 FEW = 300
-"""The largest number of touched keys that one step looks up. This takes about 2 ms."""
+"""The largest number of touched keys that one step looks up. Such a step takes about 2 ms."""
 
 SMALL = 4_000
-"""An index of at most this many keys is built in one step. This takes about 2 ms."""
+"""An index of at most this many keys is built in one step, which takes about 2 ms."""
 
 _SAMPLE = 4_096
 """The approximate number of keys that are sorted to find the bounds of the buckets."""
 
 _BUCKET = 1_000
-"""The approximate number of keys in a bucket. With more than a million keys, the buckets are larger, so that there are about 1,000 buckets."""
+"""The approximate number of keys in a bucket. With more than a million keys there are about 1,000 buckets, which are larger."""
 
 _KEYS_IN_STEP = 2_000
 """The approximate number of keys that a step of the build takes, distributes or sorts."""
 
 _UNTRACKED_AT_ONCE = 16
-"""The number of slices or buckets after which the build runs the garbage collector; see `_untrack`."""
+"""The number of steps or buckets after which the build runs the garbage collector; see `_untrack`."""
 
 
 CHUNKS_AT_ONCE = 16
@@ -90,7 +91,7 @@ class Index:
 
     Attributes:
         is_whole: Whether the sorted keys may be used. It is False if an error, such as a `RecursionError`, has
-            stopped a step half-way. Then the owner must make a new index.
+            stopped a step half-way. Then the state makes a new index.
     """
 
     __slots__ = ("_build", "_gone", "_keys", "_touched", "_waiting", "is_whole")
@@ -127,7 +128,7 @@ class Index:
     def take_over(self, keys: set[str]) -> None:
         """Note that keys may have been added or removed. The index may keep the given set, and change it.
 
-        This is one short step, unless keys of an earlier call have not been merged; see `merge_some`.
+        The call is short, unless `_waiting` still has keys of an earlier call. All of these are moved to `_touched` now.
         """
         if self._waiting:
             self.merge_some(len(self._waiting))
@@ -136,7 +137,7 @@ class Index:
         )
 
     def merge_some(self, most: int) -> bool:
-        """Merge at most `most` of the keys of the last `take_over`. Return whether there are more."""
+        """Move at most `most` keys from `_waiting` to `_touched`. Return whether `_waiting` has more keys."""
         self.is_whole = False
         touched, waiting = self._touched, self._waiting
         for _ in range(min(most, len(waiting))):
@@ -149,12 +150,18 @@ class Index:
         self._gone.update(keys)
 
     def forget_gone(self, entries: Held) -> None:
-        """Note that all changes were taken for a commit. From now on `set` notes every key that it adds."""
+        """Note that all changes were taken for a commit. `set` now notes each key that was deleted before this call.
+
+        A key that is deleted from now on may be stored without a note.
+        """
         self._touched.update([key for key in self._gone if key in entries])
         self._gone.clear()
 
     def is_too_old(self, entries: Held) -> bool:
-        """Return whether a new index costs no more than looking up the touched keys. This bounds the memory of an unused index."""
+        """Return whether a new index costs no more than looking up the touched keys.
+
+        `State.end_window` drops such an index. So the memory of an unused index is bounded.
+        """
         return len(self._touched) + len(self._waiting) > max(len(entries) // 4, SMALL)
 
     # Steps
@@ -166,7 +173,7 @@ class Index:
 
     @property
     def batches(self) -> int:
-        """The number of calls of `catch_up` after which fewer than `FEW` keys are touched, if no other key is touched meanwhile."""
+        """The number of calls of `catch_up` after which fewer than `FEW` keys are touched, if no writer touches more keys."""
         return (len(self._touched) + len(self._waiting)) // FEW
 
     def build_some(self) -> None:
@@ -235,13 +242,13 @@ class Index:
         return in_range(self._touched.union(self._waiting, self._gone), low, high)
 
     def release(self) -> dict[int, Chunk]:
-        """Return the chunks of keys in a dict, so that the caller can free them in steps."""
+        """Return a new dict whose values are the chunks. The caller can free this dict in steps."""
         return dict(enumerate(self._keys.pieces("", None)))
 
     # The build
 
     def _built(self, base: dict[str, Any]) -> Generator[None]:
-        """Build the sorted keys in steps. A key that other code adds or removes meanwhile is among the touched keys."""
+        """Build the sorted keys in steps. A key that other code adds or removes meanwhile is in `_touched`, `_waiting` or `_gone`."""
         parts: list[Chunk] = []
         chunks: list[Chunk] = []
         in_order, last, names = True, "", iter(base)
@@ -271,7 +278,8 @@ class Index:
         sample = sorted(chain.from_iterable(part[::stride] for part in parts))
         limits = sample[:: max(4, len(sample) * _BUCKET // count)][1:]
         buckets: list[list[str]] = [[] for _ in range(len(limits) + 1)]
-        # This is quick while the buckets are empty. Afterwards only a full collection visits the buckets.
+        # Move the buckets to the oldest generation of the garbage collector now, because this is quick while they are
+        # empty. From then on, only a full collection visits them.
         _untrack(0, 1)
         while parts:
             yield
@@ -291,7 +299,7 @@ class Index:
         self._keys = SortedKeys(chunks)
 
     def _slice(self, names: Iterator[str]) -> Chunk | None:
-        """Return the next keys of a dict; `None` if keys may have been added or removed, so that the iterator cannot be used."""
+        """Return the next keys of the dict; `None` if keys may have been added or removed, so that the iterator cannot be used."""
         if self._touched or self._waiting:
             return None
         try:
@@ -308,7 +316,10 @@ def in_range(keys: Iterable[str], low: str, high: str | None) -> list[str]:
 
 
 def corrected(keys: list[str], doubtful: list[str], present: Held, *, reverse: bool = False) -> list[str]:
-    """Return sorted keys. Include a key of `doubtful` if it is present, and leave it out if it is not."""
+    """Return `keys` with each key of `doubtful` that is in `present`, and without the other keys of `doubtful`.
+
+    The keys are in order, or in the opposite order if `reverse` is set.
+    """
     asked = set(doubtful)
     found = [key for key in keys if key not in asked]
     found += [key for key in asked if key in present]
@@ -319,7 +330,7 @@ def corrected(keys: list[str], doubtful: list[str], present: Held, *, reverse: b
 def _untrack(number: int, generation: int = 0) -> None:
     """Run the garbage collector, if `number` is a multiple of `_UNTRACKED_AT_ONCE`, and the collector is enabled.
 
-    The collector finds that the newest tuples have only strings, and never visits them again. Without this,
+    The collector finds that the newest tuples have only strings, and never visits them again. Without these runs,
     a later collection would visit all tuples in one step, which takes 50 ms for a million keys.
     """
     if not number % _UNTRACKED_AT_ONCE and gc.isenabled():

@@ -107,6 +107,7 @@ class Connection:
         connected: socket.socket,
         pid: int,
         *,
+        name: str,
         by_client: dict[str, Connection],
         ended: Callable[[Connection], object],
         clock: Clock,
@@ -119,6 +120,7 @@ class Connection:
             owner: The owner's side.
             connected: The socket. It is closed with the connection.
             pid: The process at the other end.
+            name: The name of the state, for the log.
             by_client: The present connection of each client. A connection adds and removes itself.
             ended: A function that is called once, when the connection has ended.
             clock: The clock for the time limits.
@@ -130,6 +132,7 @@ class Connection:
         self.is_watching: bool = False
         self._owner = owner
         self._pid = pid
+        self._name = name
         self._by_client = by_client
         self._has_ended = ended
         self._clock = clock
@@ -172,7 +175,12 @@ class Connection:
             self._send(Life(self._owner.durable_revision))
         elif now >= self._until:
             if self.is_open:
-                self._log.warning("closed the connection of process %d: it sent no hello in %g s", self._pid, _PATIENCE)
+                self._log.warning(
+                    "%s: closed the connection of process %d: it sent no hello in %g s",
+                    self._name,
+                    self._pid,
+                    _PATIENCE,
+                )
             self.close()
         else:
             self.greet()
@@ -191,7 +199,7 @@ class Connection:
             self._order.resume(self._owner.admit(self, hello))
             return
         if isinstance(answer, No):
-            self._log.warning("refused the process %d: %s", self._pid, answer.detail)
+            self._log.warning("%s: refused the process %d: %s", self._name, self._pid, answer.detail)
         self.finish()
 
     def finish(self) -> None:
@@ -213,7 +221,7 @@ class Connection:
             self._owner.left(self)
 
     def _cut_off(self, why: str) -> None:
-        self._log.warning("closed the connection of process %d: %s", self._pid, why)
+        self._log.warning("%s: closed the connection of process %d: %s", self._name, self._pid, why)
         self.close()
 
     def _send(self, message: FromOwner) -> None:
@@ -230,7 +238,7 @@ class Connection:
         try:
             message = decode_from_client(frame)
         except OtherVersionError as problem:
-            self._log.warning("refused the process %d: %s", self._pid, problem)
+            self._log.warning("%s: refused the process %d: %s", self._name, self._pid, problem)
             self._send(No(reason="protocol", detail=str(problem)))
             self.finish()
             return None
@@ -282,6 +290,7 @@ class Connection:
 
     def _end(self, problem: BadMessageError | None) -> None:
         if problem is not None:
-            self._log.warning("closed the connection of process %d: %s", self._pid, fault_of(self._channel, problem))
+            why = fault_of(self._channel, problem)
+            self._log.warning("%s: closed the connection of process %d: %s", self._name, self._pid, why)
         self._leave()
         self._has_ended(self)

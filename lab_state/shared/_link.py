@@ -114,6 +114,7 @@ class Link:
         self._side = side
         self._clock = clock
         self._log = log
+        self._name = ""
         self._order = OwnerOrder()
         self._channel: Channel | None = None
         self._timer: Timer | None = None
@@ -130,6 +131,7 @@ class Link:
 
         The socket belongs to the link from now on. A link is opened once.
         """
+        self._name = hello.name
         self._channel = Channel(
             connected,
             FROM_OWNER,
@@ -240,5 +242,7 @@ class Link:
         if self._is_closed:
             return
         if problem is not None and self._channel is not None:
-            self._log.warning("closed the connection to the owner: %s", fault_of(self._channel, problem))
+            self._log.warning(
+                "%s: closed the connection to the owner: %s", self._name, fault_of(self._channel, problem)
+            )
         self._side.ended(problem)

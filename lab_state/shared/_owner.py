@@ -73,7 +73,7 @@ class Owner:
 
     def __init__(self, copy: SharedCopy, config: Config, claim: Claim, around: Surroundings) -> None:
         """Begin with a state that is claimed, but not loaded yet. Each process that connects gets the answer `Starting`."""
-        self.server: Server = Server(self, clock=around.clock, log=around.logger)
+        self.server: Server = Server(self, config.name, clock=around.clock, log=around.logger)
         self.flusher: OwnerFlusher[Connection] | None = None
         self.is_settled: bool = False
         self._copy = copy

@@ -24,17 +24,25 @@ class Server:
     """The connections of an owner to its clients."""
 
     def __init__(
-        self, owner: OwnerSide, *, clock: Clock, log: Log, monotonic_ns: Callable[[], int] = time.monotonic_ns
+        self,
+        owner: OwnerSide,
+        name: str,
+        *,
+        clock: Clock,
+        log: Log,
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """Prepare to serve.
 
         Args:
             owner: The owner's side.
+            name: The name of the state, for the log.
             clock: The clock for signs of life and for time limits.
             log: The log.
             monotonic_ns: The source of the time in each message: `CLOCK_MONOTONIC`, in nanoseconds.
         """
         self._owner = owner
+        self._name = name
         self._clock = clock
         self._log = log
         self._time = monotonic_ns
@@ -58,9 +66,10 @@ class Server:
         return any(connection.is_admitted and connection.is_watching for connection in self._by_client.values())
 
     def listen(self, listener: socket.socket) -> None:
-        """Accept connections on a socket that listens and does not block. `stop_accepting` and `aclose` close the socket.
+        """Accept connections on a socket that listens and does not block.
 
-        A later call replaces the socket, and closes the earlier one. It does not affect connections.
+        `stop_accepting`, `aclose` and `close` close the socket. A later call of `listen` replaces the socket, and closes
+        the earlier socket. The connections stay open.
         """
         self._stop_listening()
         self._listener = listener
@@ -69,7 +78,7 @@ class Server:
             self._timer = self._clock.call_later(LIFE, self._tick)
 
     def greet_waiting(self) -> None:
-        """Answer each hello that waits, because the owner has loaded its state."""
+        """Answer each hello that waits. Call this when the owner has loaded its state."""
         for connection in list(self._by_client.values()):
             connection.greet()
 
@@ -80,7 +89,7 @@ class Server:
             parts = frame_of_record(self._time(), data)
         except InvalidValueError:
             for connection in admitted:
-                connection.record(data)  # this logs why the connection is closed
+                connection.record(data)  # this closes the connection, and logs why
             return
         for connection in admitted:
             connection.send_parts(parts)
@@ -95,8 +104,8 @@ class Server:
     async def aclose(self, seconds: float = 1.0) -> None:
         """Send the queued messages, for at most `seconds`, and then close everything, as `close` does.
 
-        Messages that clients send after the beginning of the call are not handled. If the caller is cancelled, the
-        connections are closed at once. A second call does nothing.
+        Messages that arrive after the beginning of the call are not handled. If the caller is cancelled, the
+        connections are closed at once. A second call during the first one closes them at once. A later call does nothing.
         """
         self.stop_accepting()
         try:
@@ -129,7 +138,11 @@ class Server:
             return
         except OSError as problem:
             if not self._cannot_accept:
-                self._log.error("cannot accept connections, and tries again each second: %s", problem.strerror)
+                self._log.error(
+                    "%s: the owner cannot accept connections, and tries again each second: %s",
+                    self._name,
+                    problem.strerror,
+                )
             self._cannot_accept = True
             self._loop.remove_reader(listener)  # the next tick adds the listener again
             return
@@ -144,7 +157,8 @@ class Server:
             if uid not in self._other_users:
                 self._other_users.add(uid)
                 self._log.warning(
-                    "closed a connection of user %d: only user %d may use this state; run all processes as one user",
+                    "%s: closed a connection of user %d: only user %d may use this state; run all processes as one user",
+                    self._name,
                     uid,
                     os.geteuid(),
                 )
@@ -154,6 +168,7 @@ class Server:
                 self._owner,
                 accepted,
                 pid,
+                name=self._name,
                 by_client=self._by_client,
                 ended=self._remove,
                 clock=self._clock,

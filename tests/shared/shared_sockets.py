@@ -218,7 +218,7 @@ class World:
         self.clock = ManualClock()
         self.owner = owner
         self.time = 5
-        self.server = Server(owner, clock=self.clock, log=LOG, monotonic_ns=lambda: self.time)
+        self.server = Server(owner, "visits", clock=self.clock, log=LOG, monotonic_ns=lambda: self.time)
         self.path = path
         self.server.listen(listening(path))
         self.opened: list[socket.socket] = []

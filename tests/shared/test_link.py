@@ -254,7 +254,7 @@ async def test_a_record_that_is_not_a_record(caplog: pytest.LogCaptureFixture) -
             assert not world.link.is_open
             assert await world.owner.all() == []
     assert [record.getMessage() for record in caplog.records] == [
-        "closed the connection to the owner: bad message of kind R: a record with a gap"
+        "visits: closed the connection to the owner: bad message of kind R: a record with a gap"
     ] * 2
 
 
@@ -453,7 +453,9 @@ async def test_another_program(data: bytes, why: str, caplog: pytest.LogCaptureF
         assert what == "ended"
         assert why.endswith(f": {problem}")
         assert not world.link.is_greeted
-        assert [one.getMessage() for one in caplog.records] == [f"closed the connection to the owner: bad message{why}"]
+        assert [one.getMessage() for one in caplog.records] == [
+            f"visits: closed the connection to the owner: bad message{why}"
+        ]
 
 
 async def test_an_owner_of_another_version() -> None:

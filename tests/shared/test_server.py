@@ -88,7 +88,7 @@ async def test_a_client_that_says_nothing(tmp_path: Path, caplog: pytest.LogCapt
         world.clock.advance(4)
         assert logged(caplog) == []
         world.clock.advance(1)
-        assert logged(caplog) == [f"closed the connection of process {os.getpid()}: it sent no hello in 5 s"]
+        assert logged(caplog) == [f"visits: closed the connection of process {os.getpid()}: it sent no hello in 5 s"]
         assert await silent.all() == []
         assert world.server.followers == 1
 
@@ -101,7 +101,7 @@ async def test_a_client_of_another_version(tmp_path: Path, caplog: pytest.LogCap
         await peer.send(b"".join(frames.frame(b"H", body)))
         why = "it has version 2 of the protocol, and this process has 1"
         assert await peer.all() == [m.No(reason="protocol", detail=why)]
-        assert logged(caplog) == [f"refused the process {os.getpid()}: {why}"]
+        assert logged(caplog) == [f"visits: refused the process {os.getpid()}: {why}"]
         assert world.owner.rest() == []
 
 
@@ -112,7 +112,7 @@ async def test_a_client_that_is_refused(tmp_path: Path, caplog: pytest.LogCaptur
         peer = world.connect()
         await peer.say(hello())
         assert await peer.all() == [no]
-        assert logged(caplog) == [f"refused the process {os.getpid()}: this is the state 'visits'"]
+        assert logged(caplog) == [f"visits: refused the process {os.getpid()}: this is the state 'visits'"]
         assert [what[0] for what in world.owner.rest()] == ["greeting"]
 
 
@@ -281,7 +281,7 @@ async def test_a_bad_first_message(tmp_path: Path, data: bytes, why: str, caplog
         peer = world.connect()
         await peer.send(data)
         assert [message for message in await peer.all() if message != WELCOME] == []
-        assert logged(caplog) == [f"closed the connection of process {os.getpid()}: {why}"]
+        assert logged(caplog) == [f"visits: closed the connection of process {os.getpid()}: {why}"]
         assert world.server.followers == 0
 
 
@@ -309,7 +309,7 @@ async def test_a_bad_message(tmp_path: Path, data: bytes, why: str, caplog: pyte
         told = world.owner.rest()
         assert (told[0], told[-1]) == (("call", connection, 1), ("left", connection))
         assert ("call", connection, 3) not in told
-        assert logged(caplog) == [f"closed the connection of process {os.getpid()}: bad message{why}"]
+        assert logged(caplog) == [f"visits: closed the connection of process {os.getpid()}: bad message{why}"]
 
 
 @pytest.mark.parametrize("message", [call(1), m.Question(1), m.Expiries(are_watched=True), m.Bye(0)])
@@ -423,7 +423,7 @@ async def test_a_client_that_does_not_read(tmp_path: Path, caplog: pytest.LogCap
             count += 1
         assert 4 <= count <= 5
         assert logged(caplog) == [
-            f"closed the connection of process {os.getpid()}: it reads too slowly: more than 67108864 bytes wait for it"
+            f"visits: closed the connection of process {os.getpid()}: it reads too slowly: more than 67108864 bytes wait for it"
         ]
         assert world.owner.rest() == [("left", connection)]
         other, _ = await world.admitted(OTHER)
@@ -451,7 +451,7 @@ async def test_a_record_that_is_larger_than_a_message(
         monkeypatch.setattr(frames, "MOST_BYTES", 100)
         world.server.record(bytes(100))
         assert [await one.all(), await two.all()] == [[], []]
-        assert [line.partition(": ")[2] for line in logged(caplog)] == [
+        assert [line.split(": ", 2)[2] for line in logged(caplog)] == [
             "a call or a change of 108 bytes is larger than the 100 that processes can exchange; split it"
         ] * 2
 
@@ -467,7 +467,7 @@ async def test_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
             assert await peer.all() == []
         assert world.owner.rest() == []
         assert logged(caplog) == [
-            f"closed a connection of user {mine}: only user {mine + 1} may use this state; run all processes as one user"
+            f"visits: closed a connection of user {mine}: only user {mine + 1} may use this state; run all processes as one user"
         ]
 
 
@@ -490,7 +490,9 @@ async def test_no_descriptor_is_left(tmp_path: Path, caplog: pytest.LogCaptureFi
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, bounds)
             why = os.strerror(errno.EMFILE)
-            assert logged(caplog) == [f"cannot accept connections, and tries again each second: {why}"]
+            assert logged(caplog) == [
+                f"visits: the owner cannot accept connections, and tries again each second: {why}"
+            ]
             await peer.say(hello(client))
             world.clock.advance(1)
             assert await peer.next() == WELCOME
@@ -635,6 +637,6 @@ async def test_a_wake_up_without_a_reason(tmp_path: Path) -> None:
 
 async def test_a_server_that_never_listened(tmp_path: Path) -> None:
     """A server can be closed before it has a socket."""
-    server = Server(Owner(), clock=ManualClock(), log=LOG)
+    server = Server(Owner(), "visits", clock=ManualClock(), log=LOG)
     await server.aclose()
     server.close()
