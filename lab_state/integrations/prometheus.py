@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from lab_state._metrics import Metrics
 from lab_state._status import Status
-from lab_state.exceptions import ClosedError
+from lab_state.exceptions import ClosedError, UnsupportedError
 from lab_state.integrations._lifespan import by_name
 from lab_state.manager import Manager
 
@@ -72,7 +72,7 @@ class LabStateCollector(Collector):
     nothing between scrapes. Any thread may scrape. A running manager is read on its event loop. If
     that loop does not answer within 5 seconds, `lab_state_up` is 0, and the other metrics of this
     manager are missing. If the manager does not run, `lab_state_up` is also 0, but the other
-    metrics are still reported.
+    metrics are still reported. A manager that runs in the parent of a forked child does not run in the child.
     """
 
     def __init__(self, *managers: Manager) -> None:
@@ -111,8 +111,9 @@ def _read(manager: Manager) -> tuple[Status, Metrics] | None:
 
     try:
         loop = manager._core.durability.loop  # noqa: SLF001 -- a manager has no public call for its event loop
-    except ClosedError:
-        return read()  # a manager without an event loop: `status` and `metrics` are safe in any thread
+    except (ClosedError, UnsupportedError):
+        # The manager does not run, or runs in the parent of this forked process: `status` and `metrics` are safe in any thread.
+        return read()
     if loop is _running_loop() or not loop.is_running():
         return read()
     answer: concurrent.futures.Future[tuple[Status, Metrics]] = concurrent.futures.Future()

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from forked import in_child
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -176,6 +177,17 @@ def test_a_loop_that_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
     scraped.set()
     thread.join()
     assert found == [0, None, 0]
+
+
+async def test_a_scrape_in_a_forked_child() -> None:
+    """A manager of the parent is reported as down, with its revision at the fork. The other managers are reported as usual."""
+    async with Manager("a", MemoryStorage()) as state:
+        await state.set("key", 1)
+        registry = scrape(state, Manager("b", MemoryStorage()))
+        figures = [("up", "a"), ("revision", "a"), ("up", "b"), ("revision", "b")]
+        found = await in_child(lambda: [value_of(registry, metric, name=name) for metric, name in figures])
+        assert value_of(registry, "up") == 1
+    assert found == [0, 1, 0, 0]
 
 
 def test_a_loop_that_is_gone() -> None:
