@@ -197,13 +197,16 @@ class Client:
         end = self._clock.monotonic() + PATIENCE
         while not await self.connect():
             if self._clock.monotonic() >= end:
-                error = UnavailableError(
-                    f"the owner of the state {self._name!r} ended without an answer, and no other process has answered since. "
-                    "The change was made once, or not at all: read the state to find out"
+                raise self._unknown(
+                    f"the owner of the state {self._name!r} ended without an answer, and no other process has answered since"
                 )
-                error.outcome = "unknown"
-                raise error
             await asyncio.sleep(_AGAIN)
+
+    def _unknown(self, cause: str) -> UnavailableError:
+        """Return the error for an open call that was not answered."""
+        error = UnavailableError(f"{cause}. The change was made once, or not at all: read the state to find out")
+        error.outcome = "unknown"
+        return error
 
     async def reach(self, revision: int) -> None:
         """Wait until the owner has named a revision as durable.
@@ -232,10 +235,10 @@ class Client:
         while not any(future.done() for future in futures):
             silent = self._connection.link.silent_for()
             if silent >= PATIENCE:
-                raise UnavailableError(
-                    f"the owner of the state {self._name!r} (pid {self.pid}) gave no sign of life for {silent:.0f} s: it may "
-                    "hang. The change was made once, or not at all"
-                )
+                cause = f"the owner of the state {self._name!r} (pid {self.pid}) gave no sign of life for {silent:.0f} s: it may hang"
+                if self._answer is not None:
+                    raise self._unknown(cause)
+                raise UnavailableError(f"{cause}. Nothing was changed: try again, or end that process")
             await asyncio.wait(futures, timeout=PATIENCE - silent, return_when=asyncio.FIRST_COMPLETED)
 
     def watch(self, on_end: Callable[[], object]) -> None:

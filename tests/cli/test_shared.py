@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import start
@@ -80,8 +81,14 @@ async def test_an_owner_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             await client.reach(5)
         await client.reach(1)
         first.send_signal(signal.SIGSTOP)
-        with pytest.raises(UnavailableError, match=f"pid {first.pid}. gave no sign of life"):
+        with pytest.raises(UnavailableError, match=rf"pid {first.pid}\) gave no sign of life.* made once") as raised:
             await client.call(set_to(b"1"))
+        assert raised.value.outcome == "unknown"
+        later: Any = Client(FileStorage(tmp_path), "shop")
+        with pytest.raises(UnavailableError, match=r"gave no sign of life.* Nothing was changed") as raised:
+            await later.connect()
+        assert raised.value.outcome is None
+        later._connection.link.close()
         await client.aclose()
 
 
