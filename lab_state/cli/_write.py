@@ -63,11 +63,11 @@ async def load(
     data = read_input()
     items = parse_lines(data) if nl else parse_object(data)
     async with writer(state, create=create, depose=depose) as writing:
-        revision = await writing.load(items, replace=replace)
+        count, revision = await writing.load(items, replace=replace)
     if json:
-        output.one(revision=revision, keys=len(items))
+        output.one(revision=revision, keys=count)
     else:
-        output.line(f"loaded {counted(len(items), 'key')}; revision {revision}")
+        output.line(f"loaded {counted(count, 'key')}; revision {revision}")
 
 
 async def edit(output: Output, state: Target, key: str, *, depose: bool, json: bool) -> None:

@@ -68,8 +68,11 @@ class Writer(Protocol):
         """Delete keys, and return how many of them existed, and the revision."""
         ...
 
-    async def load(self, items: Mapping[str, Item], *, replace: bool) -> int:
-        """Store items as one change, and return the revision. Items that have expired are left out. With `replace`, delete all other keys."""
+    async def load(self, items: Mapping[str, Item], *, replace: bool) -> tuple[int, int]:
+        """Store items as one change, and return how many were stored, and the revision.
+
+        Items that have expired are left out. With `replace`, delete all other keys.
+        """
         ...
 
 
@@ -210,7 +213,7 @@ class Stopped:
         """Delete keys; see `Writer`."""
         return await self._manager.delete_many(keys), self._manager.revision
 
-    async def load(self, items: Mapping[str, Item], *, replace: bool) -> int:
+    async def load(self, items: Mapping[str, Item], *, replace: bool) -> tuple[int, int]:
         """Store items as one change; see `Writer`."""
         now = self._manager._core.state.now()  # noqa: SLF001 -- a manager has no public call for the time of its state
         plain, expiring = _split(items, now)
@@ -222,7 +225,7 @@ class Stopped:
                 draft.set(key, value)
                 # A `ttl` would be rounded, and its time would pass meanwhile.
                 draft._core.changes[key] = Expiring(encode_value(value), at)  # noqa: SLF001
-        return draft.revision
+        return len(plain) + len(expiring), draft.revision
 
 
 def _split(items: Mapping[str, Item], now: int) -> tuple[dict[str, Any], dict[str, tuple[Any, int]]]:
@@ -264,14 +267,14 @@ class Shared:
         assert isinstance(found, int)
         return int(found), made.revision
 
-    async def load(self, items: Mapping[str, Item], *, replace: bool) -> int:
+    async def load(self, items: Mapping[str, Item], *, replace: bool) -> tuple[int, int]:
         """Store items as one change; see `Writer`."""
         plain, expiring = _split(items, int(self._client.now * 1000))
         values = {key: json_of(value) for key, value in plain.items()}
         values |= {key: json_of(value) for key, (value, _) in expiring.items()}
         times = {key: at for key, (_, at) in expiring.items()}
         try:
-            return await self._change(Changes(clear=replace, set=values, expires=times), NEVER, [])
+            return len(values), await self._change(Changes(clear=replace, set=values, expires=times), NEVER, [])
         except InvalidValueError as error:
             raise InvalidValueError(f"{error}, or stop the processes of the state first") from None
 
