@@ -205,7 +205,7 @@ class Flusher(Outcomes):
                 or UnavailableError(f"the flush task of {self._name!r} {what}: call stop(), which flushes what is left")
             )
             self._logger.error(
-                "%s: the flush task %s: %d changed keys are not durable. Was stop() forgotten? Call stop(): it "
+                "%s: the flush task %s: changes are not durable (keys: %d). Was stop() forgotten? Call stop(): it "
                 "still flushes them; `async with` calls it by itself",
                 self._name,
                 what,
@@ -215,7 +215,9 @@ class Flusher(Outcomes):
         lost = not self._all_durable
         cut_off = lost and task.cancelled() and not self._aborted and self._stop_error is None
         if cut_off:
-            what = f"was cancelled at the end of the event loop: {self.unflushed_keys} changed keys may not be durable"
+            what = (
+                f"was cancelled at the end of the event loop: changes may not be durable (keys: {self.unflushed_keys})"
+            )
         error: LabStateError = UnavailableError(
             f"the {'last flush' if lost else 'flush task'} of {self._name!r} {what}"
         )
@@ -238,8 +240,8 @@ class Flusher(Outcomes):
             return
         why = "" if self._failure is None else f"; the previous flush failed: {self._failure}"
         self._stop_error = UnavailableError(
-            f"stop() gave up, because the storage made no progress for {timeout} s: {self.unflushed_keys} changed keys of "
-            f"{self._name!r} may not be durable; the state stays locked until the storage answers{why}"
+            f"stop() gave up, because the storage made no progress for {timeout} s: changes of {self._name!r} may not be "
+            f"durable (keys: {self.unflushed_keys}); the state stays locked until the storage answers{why}"
         )
         self._stop_error.__cause__ = self._failure
         self._give_up(self._stop_error)
@@ -402,7 +404,7 @@ class Flusher(Outcomes):
         self._is_closed = True
         if error is not None:
             self._give_up(error)
-            error = copied(error, f"stop() gave up: {self.unflushed_keys} changed keys are not durable and are lost")
+            error = copied(error, f"stop() gave up: changes are not durable and are lost (keys: {self.unflushed_keys})")
         self._stop_error = self._stop_error or error
         await self.checkpoints.ended()
         if error is None and self.checkpoints.is_needed and not (self._abandoned or self.fenced):

@@ -93,14 +93,14 @@ def tell_loaded(  # noqa: PLR0917 -- all are needed, and each means something el
     """Log that the state was loaded, how long this took, and whether the last writer ended cleanly."""
     snapshot, records, unsettled, dropped, _ = recovery
     if records or dropped or unsettled:
-        end = f"after an unclean end, {len(records)} records replayed"
+        end = f"after an unclean end (records replayed: {len(records)})"
     else:
         end = "a new state" if snapshot is None else "after a clean end"
     logger.info(
-        "%s: loaded %d keys at revision %d from %s in %.3f s: %s",
+        "%s: loaded revision %d (keys: %d) from %s in %.3f s: %s",
         name,
-        len(state.entries),
         state.revision,
+        len(state.entries),
         path,
         seconds,
         end,

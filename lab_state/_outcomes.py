@@ -79,7 +79,7 @@ class Outcomes(Upkeep):
         self._pauses.reset()
         self._waiters.settle(self.durable_revision)
         if failures:
-            self._logger.debug("%s: flushed again after %d failures", self._name, failures)
+            self._logger.debug("%s: flushed again (failures before: %d)", self._name, failures)
 
     def _failed(self, error: StorageError) -> None:
         self.failures += 1

@@ -96,7 +96,7 @@ async def test_a_start_and_a_stop_are_told(tmp_path: Path, info: pytest.LogCaptu
         async with Manager(Config("jobs", flush_interval=None), FileStorage(tmp_path)) as state:
             (line,) = texts(info)
             assert re.fullmatch(
-                rf"jobs: loaded {keys} keys at revision {keys} from {path} in \d\.\d\d\d s: {end}", line
+                rf"jobs: loaded revision {keys} \(keys: {keys}\) from {path} in \d\.\d\d\d s: {end}", line
             )
             await state.set(f"key {keys}", SECRET)
         (line,) = texts(info)
@@ -116,8 +116,8 @@ async def test_an_unclean_end_is_told(info: pytest.LogCaptureFixture) -> None:
     texts(info)
     async with Manager("jobs", storage):
         (line,) = texts(info)
-        assert line.startswith("jobs: loaded 2 keys at revision 2 from ")
-        assert line.endswith(" s: after an unclean end, 2 records replayed")
+        assert line.startswith("jobs: loaded revision 2 (keys: 2) from ")
+        assert line.endswith(" s: after an unclean end (records replayed: 2)")
 
 
 async def test_seconds_are_those_of_the_clock(info: pytest.LogCaptureFixture) -> None:

@@ -125,7 +125,9 @@ async def test_a_stop_ends_when_the_progress_does(slow: Slow, clock: ManualClock
     await idle()
     assert not stop.done()
     clock.advance(0.6)
-    with pytest.raises(UnavailableError, match=r"no progress for 3\.0 s: 1 changed keys of 'test' may not be durable"):
+    with pytest.raises(
+        UnavailableError, match=r"no progress for 3\.0 s: changes of 'test' may not be durable \(keys: 1\)"
+    ):
         await stop
     assert memory.places["test"].session is not None
     slow.goes_on.set()
@@ -141,7 +143,7 @@ async def test_an_attempt_beyond_the_timeout_is_the_last_one(slow: Slow, clock: 
         await idle()
     slow.error = UnavailableError("no space left on device")
     slow.goes_on.set()
-    with pytest.raises(UnavailableError, match=r"^no space left on device \(stop\(\) gave up: 1 changed keys are not"):
+    with pytest.raises(UnavailableError, match=r"^no space left on device \(stop\(\) gave up: changes are not durable"):
         await stop
 
 
@@ -281,7 +283,7 @@ async def test_the_end_of_the_loop_is_told_once(
     flusher.cancel()
     with pytest.raises(UnavailableError) as caught:
         await stop
-    told = "was cancelled at the end of the event loop: 1 changed keys may not be durable"
+    told = "was cancelled at the end of the event loop: changes may not be durable (keys: 1)"
     assert str(caught.value) == f"the last flush of 'test' {told}"
     assert errors(caplog) == [f"test: stop() failed: {caught.value}"]
     slow.goes_on.set()

@@ -104,7 +104,7 @@ class SchemaStart(NamedTuple):
         for to, function in schema.after(before):
             migrate(draft, name, to, function)
             self.logger.info(
-                "%s: the migration %s to version %d is done: %d keys differ from the stored state",
+                "%s: the migration %s to version %d is done (keys that differ from the stored state: %d)",
                 name,
                 name_of(function),
                 to,
@@ -126,7 +126,7 @@ class SchemaStart(NamedTuple):
             forget_recovery(session)
         committed = await commit(state, session, schema.versions)
         self.logger.info(
-            "%s: migrated from version %d of the schema to version %d in %.3f s: %d keys changed; the change is revision %d, "
+            "%s: migrated from version %d of the schema to version %d in %.3f s (keys changed: %d); the change is revision %d, "
             "and the state before it is revision %d",
             name,
             before,

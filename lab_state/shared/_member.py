@@ -93,11 +93,11 @@ class Member(SharedCopy):
         await self._join()
         if self._follower is not None:
             self._logger.info(
-                "%s: follows process %d with %d keys at revision %d, after %.3f s",
+                "%s: follows process %d at revision %d (keys: %d), after %.3f s",
                 self._name,
                 self._follower.owner_pid,
-                self.state.count(),
                 self.state.revision,
+                self.state.count(),
                 self._clock.monotonic() - began,
             )
         self._live()
@@ -256,10 +256,10 @@ class Member(SharedCopy):
             tell_loaded(recovery, session.path, self._name, self.state, self._logger, seconds)
         else:
             self._logger.info(
-                "%s: this process owns the state now, with %d keys at revision %d, after %.3f s",
+                "%s: this process owns the state now, at revision %d (keys: %d), after %.3f s",
                 self._name,
-                len(self.state.entries),
                 self.state.revision,
+                len(self.state.entries),
                 seconds,
             )
         return flusher

@@ -161,7 +161,7 @@ async def test_a_stop_that_runs_out_of_time_says_what_is_not_durable(tmp_path: P
     """It returns within its timeout, names the number of keys and the state, and so does each waiting caller."""
     state = Manager(Config(name="lab", flush_interval=None, stop_timeout=0.05), FileStorage(tmp_path))
     flush = await flushing(state, gates)
-    told = r"stop\(\) gave up, .* no progress for 0\.05 s: 2 changed keys of 'lab' may not be durable; the state stays locked"
+    told = r"stop\(\) gave up, .* no progress for 0\.05 s: changes of 'lab' may not be durable \(keys: 2\); the state stays locked"
     with pytest.raises(UnavailableError, match=told):
         await state.stop()
     with pytest.raises(UnavailableError, match=told):

@@ -102,10 +102,10 @@ async def test_a_state_is_migrated(storage: Storage, caplog: pytest.LogCaptureFi
         if ": migrates" in record.getMessage() or ": the migration" in record.getMessage()
     ] == [
         "people: migrates from version 1 of the schema to version 3",
-        "people: the migration split_names to version 2 is done: 2 keys differ from the stored state",
-        "people: the migration rename_keys to version 3 is done: 4 keys differ from the stored state",
+        "people: the migration split_names to version 2 is done (keys that differ from the stored state: 2)",
+        "people: the migration rename_keys to version 3 is done (keys that differ from the stored state: 4)",
     ]
-    assert "4 keys changed; the change is revision 2, and the state before it is revision 1" in caplog.text
+    assert "(keys changed: 4); the change is revision 2, and the state before it is revision 1" in caplog.text
     assert await versions(storage) == (3, 3)
     async with Manager("people", storage, schema=people(3)) as state:
         assert state.revision == 2

@@ -385,15 +385,15 @@ async def test_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 
     first, one = manager(tmp_path), manager(tmp_path)
     await first.start()
-    assert lines() == [f"lab: loaded 0 keys at revision 0 from {tmp_path}/lab.json in S s: a new state"]
+    assert lines() == [f"lab: loaded revision 0 (keys: 0) from {tmp_path}/lab.json in S s: a new state"]
     await first.set("a", 1)
     await one.start()
-    assert lines() == [f"lab: follows process {os.getpid()} with 1 keys at revision 1, after S s"]
+    assert lines() == [f"lab: follows process {os.getpid()} at revision 1 (keys: 1), after S s"]
     await first.stop()
     await one.set("b", 1)
     assert sorted(lines()) == [
         "lab: stopped at revision 1, durable up to revision 1, in S s",
-        "lab: this process owns the state now, with 1 keys at revision 1, after S s",
+        "lab: this process owns the state now, at revision 1 (keys: 1), after S s",
     ]
     await one.stop()
     assert lines() == ["lab: stopped at revision 2, durable up to revision 2, in S s"]

@@ -366,7 +366,7 @@ async def test_a_start_without_a_state_says_so(tmp_path: Path, caplog: pytest.Lo
             await state.set("a", 1)
         told = caplog.records[0]
         assert told.levelname == "INFO"
-        assert f"loaded {keys} keys at revision {keys} from {tmp_path / 'lab.json'} in " in told.message
+        assert f"loaded revision {keys} (keys: {keys}) from {tmp_path / 'lab.json'} in " in told.message
         assert told.message.endswith(f" s: {end}")
 
 
