@@ -1,8 +1,8 @@
 """A change of many keys, which is prepared in steps and then made in one short step. This module does no I/O.
 
 Theory of operation. `Batch.prepare` puts the changes into two new dicts. One becomes the top
-layer of the entries, and the other the unflushed changes. `prepare` also counts the new keys. It does
-not change the state. So if a caller stops between two steps, nothing has changed.
+layer of the entries, and the other the unflushed changes. `prepare` also counts the new keys. It changes
+no value of the state. So if a caller stops between two steps, nothing has changed.
 `Batch.switch` then gives both dicts to the state, in one short step: readers see all of the
 changes, or none. Later the state merges the layer into its map in steps (`State.fold_staged`).
 Two cases are simpler. If there are fewer than `MANY` changes, `switch` calls `State.apply`. If the state has
@@ -32,14 +32,14 @@ STEP = 500
 """The largest number of keys that one step prepares. Such a step takes about 0.2 ms, and four times as long if the keys expire."""
 
 _ADDED_AT_ONCE = 16_000
-"""The largest number of changes that `Batch.switch` adds to the older changes. Adding this many takes about 5 ms."""
+"""The largest number of changes that `Batch.switch` adds to the unflushed changes of the state. Adding this many takes about 5 ms."""
 
 
 class Batch:
     """A change of many keys that is being prepared.
 
     Attributes:
-        source: The changes by key. A key that is deleted need not exist. The caller may fill this dict
+        source: The changes by key. A deletion of a missing key has no effect. The caller may fill this dict
             until `prepare` begins. `switch` may empty it.
         deleted: The number of keys that the batch deletes. It is complete after `switch`, and has no
             meaning with `cleared`.
@@ -183,7 +183,7 @@ class Batch:
     def _is_smaller(self) -> bool:
         """Return whether the batch is so small that `switch` adds its changes to the older changes, and not the other way round.
 
-        Without this, each of many small batches before a commit would copy the changes of all batches before it.
+        Otherwise each of many small batches between two commits would copy the changes of all batches before it.
         """
         return len(self._top) <= min(_ADDED_AT_ONCE, len(self._state.changes))
 

@@ -124,9 +124,11 @@ decode_record = msgspec.json.Decoder(Record).decode
 
 
 def encode_small_record(taken: ChangeSet, calls: RecordCalls | None = None) -> bytes | None:
-    """Return the record of a commit with at most 500 small new values, without deleted keys and expiries. Otherwise return `None`.
+    """Return the record of a commit that only stores a few small values; otherwise `None`.
 
-    `calls` has the results of calls of other processes, if there are any.
+    The result is `None` if there are more than 500 changes, or more than about 64 KiB of values. It is also `None` if a key
+    was deleted without `clear`, or if any key of the state expires. `calls` has the results of calls of other processes,
+    if there are any.
     """
     if taken.time or not (values := _encode_small(taken.changes)):
         return None
@@ -209,7 +211,7 @@ def _copied(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Itera
 
 
 def replay(snapshot: LoadedState, records: Iterable[bytes], path: str, *, first: int = 1) -> LoadedState:
-    """Apply records to a loaded snapshot, and return the resulting state. This may change the entries of `snapshot`.
+    """Apply records to a loaded snapshot, and return the resulting state. The entries of `snapshot` may be changed.
 
     Args:
         snapshot: The state before the records.
@@ -368,7 +370,7 @@ def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
     is_edited = meta.crc32 is None and _ID.fullmatch(meta.id) is not None  # lost bytes rarely leave a whole id
     if is_edited and meta.format == FORMAT and 0 <= meta.revision < _LAST_REVISION:
         return msgspec.structs.replace(meta, revision=meta.revision + 1)
-    # The member contains the checksum of all bytes before `,"crc32":"`. If it is continued over the other bytes, it must be `crc`.
+    # The member contains the checksum of all bytes before `,"crc32":"`. Continued over the remaining bytes, it must give `crc`.
     end = SNAPSHOT_END.search(data, max(0, len(data) - SNAPSHOT_END_BYTES))
     claimed = end is not None and end[1].decode() == meta.crc32 and zlib.crc32(end[0], int(end[1], 16)) == crc
     if not claimed or meta.format != FORMAT or meta.revision < 0:

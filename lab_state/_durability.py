@@ -91,7 +91,7 @@ class Waiters:
 
 
 def copied(error: E, note: str | None = None) -> E:
-    """Return a copy of an error, with a note on the changes if one is given.
+    """Return a copy of an error, with the note if there is one.
 
     If the message is the only argument of the error, the note is appended to the message.
     Otherwise the note is added with `add_note`.
@@ -123,7 +123,7 @@ class Durability:
     """
 
     def __init__(self, name: str, state: State, clock: Clock, *, unsettled: bool, flush_interval: float | None) -> None:
-        """Remember the running event loop. All other calls must be made on it.
+        """Remember the running event loop. All waits must be made on this loop.
 
         Args:
             name: The name of the state.

@@ -7,12 +7,13 @@ second. A sweep examines only the buckets of the seconds since the last sweep. I
 due, the size of the bucket is their number.
 
 While there is a watch, a key must be found exactly at its expiry, not at the end of that second.
-For this, the keys of the next few seconds are in a heap, too. If a key is deleted or gets another
-expiry, its old item stays in the heap. The item is skipped when its time comes.
+So the keys of the next few seconds are in a heap, too. If a key is deleted or gets another
+expiry, its old item stays in the heap. The item is skipped when the old expiry comes.
 
-A change of many keys does not change the index in one step. It adds two separate indexes (`replace`): one has
-the keys with their old expiries, and one has the keys with their new expiries. The counts consider both of
-these indexes. `merge_replaced` moves their keys into the main index in steps.
+A change of many keys does not change the main index in one step. Instead, `replace` sets two small indexes beside
+the main one. `_stale` has the keys with their old expiries, and `_fresh` has the keys with their new expiries. The
+counts consider both. `merge_replaced` removes the stale keys from the main index, and moves the fresh ones into it, in
+steps.
 
 The time of the state (`State.now`), and not the wall clock, decides which keys are due. If any loaded key
 expires, a start calculates the time of the state from the recorded time (`resumed`). Otherwise it uses the time
@@ -38,8 +39,8 @@ def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
     """Return the time of a loaded state, and the seconds by which the wall clock is behind the recorded times.
 
     The time of the state is `time`, plus the seconds that have passed since the write. The wall clock counts these
-    seconds, from the later one of `time` and `wall`. If the wall clock was set back since the write, keys live
-    longer. If it was set forward, keys expire earlier.
+    seconds, from the later one of `time` and `wall`. If the wall clock is before that time, no seconds have passed. So
+    if the wall clock was set back since the write, keys live longer. If it was set forward, keys expire earlier.
 
     Args:
         time: The time of the state at the write, in milliseconds since 1970.
@@ -56,7 +57,7 @@ def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
 class Bucket(dict[str, int]):
     """Keys that expire in the same second, with the expiry of each in milliseconds.
 
-    If a key is added after its second was swept, it goes into a later bucket, with its earlier expiry.
+    If a key is added after the second of its expiry was swept, the key goes into a later bucket, with its earlier expiry.
 
     Attributes:
         first: A lower bound of the expiries, in milliseconds.
@@ -94,7 +95,7 @@ class Expiries:
     )
 
     def __init__(self, now: int) -> None:
-        """Make an empty index. A key that is added with an expiry before `now` is due at the next sweep.
+        """Make an empty index. A key that is added with an earlier expiry goes into the bucket of the second of `now`.
 
         `now` is in milliseconds since 1970.
         """
@@ -102,7 +103,7 @@ class Expiries:
         self._buckets: dict[int, Bucket] = {}
         self._next = now // 1000  # all keys of the seconds before this one were swept
         self._heap: list[tuple[int, str]] | None = None
-        self._heaped = -1  # the heap has the keys of all seconds before this one
+        self._heaped = -1  # the heap has the keys of the seconds before this one, except those in `_loading`
         self._loading: tuple[Bucket, list[str]] | None = None  # a bucket, and its keys that are not in the heap yet
         self._stale: Expiries | None = None  # keys of this index whose expiry is no longer valid
         self._fresh: Expiries | None = None  # keys whose new expiry is not in this index yet
@@ -248,7 +249,7 @@ class Expiries:
             self.on_nearer()
 
     def due(self, now: int) -> int:
-        """Return the number of keys that are due. A bucket is examined key by key only if some of its keys may not be due."""
+        """Return the number of keys that are due. A bucket is examined key by key only if it may have both due and other keys."""
         total = 0
         for bucket in self.passed(now):
             if bucket.last <= now:
@@ -280,7 +281,7 @@ class Expiries:
     def advance(self, now: int) -> None:
         """Let later searches begin at the first past second with a key, or at the present second.
 
-        `take` does this, too. If neither were called, each search would examine all past seconds.
+        `take` does so, too. If neither were called, each search would examine all past seconds.
         """
         present = now // 1000
         seconds = self._passed_seconds(present * 1000 - 1)
@@ -289,8 +290,9 @@ class Expiries:
     def take(self, now: int, most: int) -> list[str]:
         """Remove up to `most` keys that are due, and return them.
 
-        First take the keys whose second has passed, in order of the seconds, and then keys of the heap. Without
-        the heap, a key is found only when its second has passed.
+        First take the keys of the seconds that have passed, in order of the seconds, and then keys of the heap. Without
+        the heap, a key is found only when the whole second of its expiry has passed. A returned key may have a new expiry
+        that is not merged yet, so the caller must check each key.
         """
         over = now // 1000 * 1000 - 1
         taken: list[str] = []

@@ -1,7 +1,7 @@
 """The task that commits the changes of a state to its storage.
 
 Theory of operation. A writer changes the map and continues. The task wakes up once in each flush interval,
-when a caller asks for a commit, and when many bytes have changed. It takes all unflushed changes, and
+when a caller asks for a commit, and when many bytes have changed. Then it takes all unflushed changes, and
 commits them as one record. If a commit fails, its changes are put back, and the next commit contains them.
 `_durability.py` manages the callers that wait. `_outcomes.py` handles the outcome of each commit, and decides
 when a failed commit is repeated. `_checkpoints.py` writes the checkpoints.
@@ -71,8 +71,8 @@ class Flusher(Outcomes):
             config: The settings.
             clock: The clock of the manager.
             logger: The logger of the manager.
-            committed: A callback that gets the changes of each successful commit. It returns True if it
-                keeps a reference to them.
+            committed: A callback that gets the changes of each successful commit. The callback returns True if it
+                keeps a reference to these changes.
             times: The object that collects the durations of successful commits, and counts failed commits.
             on_fenced: A function of the application; see `Manager`.
         """
@@ -321,7 +321,7 @@ class Flusher(Outcomes):
             await self._commit()
 
     async def _commit(self) -> StorageError | None:
-        """Commit all unflushed changes. Return the error if the commit failed."""
+        """Commit all unflushed changes. Return the error if the commit failed, and `None` otherwise."""
         self._begun += 1
         number = self._begun
         views = SnapshotViews(self.state, given=self._progress.count)

@@ -10,20 +10,21 @@ from lab_state._order import Chunk, in_range
 from lab_state._state import State
 
 MANY = 1_000
-"""If the range of a call has fewer keys than this, or its limit is lower, the keys are read in one step.
+"""If the range of a call has fewer keys than this, or the limit of the call is lower, the keys are read in one step.
 
 The event loop may run before that step, while the index is brought up to date.
 """
 
 _PIECES_IN_STEP = 16
-"""The number of pieces whose keys one step reads: usually about 4,000 keys, and at most 8,192, in about a millisecond.
+"""The number of pieces whose keys one step reads: usually about 4,000 keys, in about a millisecond.
 
-A single piece may be larger, if writers have changed the order of the keys just before.
+A piece has fewer than 512 keys. There is one exception: if writers have just added or removed keys in the range, all keys
+of the range may be one piece.
 """
 
 
 class ReadingCore(Protocol):
-    """The part of a `CallCore` that reads in steps use."""
+    """The part of a `CallCore` that the functions of this module use."""
 
     @property
     def state(self) -> State:

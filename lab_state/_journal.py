@@ -95,7 +95,7 @@ class Scan(NamedTuple):
     is_ended: bool
 
     def names(self, base: str) -> bool:
-        """Return whether the journal follows this snapshot, or has a checkpoint frame that names it."""
+        """Return whether the journal follows the snapshot with this base, or has a checkpoint frame with this base."""
         return self.header.base == base or (FrameKind.CHECKPOINT, base.encode()) in self.frames
 
 
@@ -140,7 +140,8 @@ SNAPSHOT_END_BYTES = len(b',"crc32":"00000000"}}')
 def base_at_end(size: int, end: bytes) -> str | None:
     """Return the base of a snapshot, from its size and its last bytes. Return `None` if these are not the end of a snapshot.
 
-    The bytes before the end are not read. If they are damaged, the result is wrong; see `base_of`.
+    The bytes before the end are not read. If these bytes are damaged, the result is still the base of the snapshot as it
+    was written.
     """
     found = SNAPSHOT_END.search(end)
     return None if found is None else base_of(size, zlib.crc32(found[0], int(found[1], 16)))

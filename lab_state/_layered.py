@@ -51,7 +51,7 @@ class Layered(State):
     """A state on top of another one.
 
     Attributes:
-        base: The state below. Only `Draft.merge` changes it.
+        base: The state below.
     """
 
     has_steps = False

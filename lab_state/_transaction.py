@@ -27,7 +27,7 @@ class DraftCore(CallCore):
     Attributes:
         changes: The changes of the draft; an empty dict after the transaction.
         known: The keys of the state, which are valid and not checked again; empty after the transaction.
-        committed: The revision of the state at the end of `conclude`; `None` before that.
+        committed: The revision of the changes, or of the state if nothing was changed; `None` before the end of `conclude`.
     """
 
     __slots__ = ("_core", "_is_over", "changes", "committed", "known")

@@ -2,14 +2,14 @@
 
 Theory of operation. A view has a dict `_old`. Before a key changes for the first time since the view was
 opened, its old value is put into `_old`, if the key existed. So a key that existed at
-that moment, and is not in `_old`, still has the same value. The reader of the view has a list of the keys
-that existed. An open view costs one lookup for each key that changes. Reads of the map cost the same as
-without a view.
+that moment, and is not in `_old`, still has the same value. The code that reads the view has a list of the
+keys that existed. While a view is open, each change of a key needs one lookup more. Reads of the map cost the
+same as without a view.
 
 If the whole map is replaced, each open view keeps the old map. From then on, the view notes no values.
 
-The owner of the map has only weak references to its views. A view that is no longer used is garbage-collected,
-and the next change of the map removes the reference.
+The holder of the map, which is a `State` in most cases, has only weak references to its views. A view that is no
+longer used is garbage-collected, and the next change of the map removes the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ V_co = TypeVar("V_co", covariant=True)
 V = TypeVar("V")
 
 _NOTED_AT_ONCE = 5_000
-"""The number of keys whose values one step puts into a view. This takes about a millisecond."""
+"""The number of keys whose values one step puts into a view. Such a step takes about a millisecond."""
 
 
 class Lookup(Protocol[V_co]):
@@ -35,11 +35,11 @@ class Lookup(Protocol[V_co]):
 
 
 class Changing(Protocol[V_co]):
-    """The owner of a map that changes."""
+    """The holder of a map that changes."""
 
     @property
     def entries(self) -> Lookup[V_co]:
-        """The map. The owner may replace it."""
+        """The map. The holder may replace the whole map."""
         ...
 
 
@@ -48,7 +48,7 @@ class UndoView(Generic[V]):
 
     Attributes:
         is_closed: Whether `close` was called.
-        unread: The items that a reader of the view has prepared. `close` empties this list.
+        unread: The present page of the iterator that reads the view. `close` empties this list, so the page ends.
     """
 
     __slots__ = ("__weakref__", "_kept", "_old", "_owner", "is_closed", "unread")
@@ -57,8 +57,8 @@ class UndoView(Generic[V]):
         """Begin a view of a map as it is now.
 
         Args:
-            owner: The owner of the map. It must call `note` before it changes a key.
-            kept: The map, if it does not change from now on. Then the view needs no owner.
+            owner: The holder of the map. The holder must call `note` before it changes a key.
+            kept: The map, if it does not change from now on. Then the view needs no holder.
         """
         self.is_closed: bool = False
         self.unread: list[Any] = []
@@ -81,7 +81,7 @@ class UndoView(Generic[V]):
                     old[key] = entries[key]
 
     def keep(self) -> None:
-        """Keep the whole map, because the owner is about to replace it. The owner must not change that map later."""
+        """Keep the whole map, because the holder is about to replace it. The holder must not change the old map later."""
         if self._kept is None and self._owner is not None:
             self._kept = self._owner.entries
 

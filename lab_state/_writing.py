@@ -125,7 +125,7 @@ class Writing(Reads):
         caller is cancelled before that moment, nothing is stored.
 
         Args:
-            values: The keys and their values. Fewer than 1,000 are encoded in one step. With 1,000 keys or
+            values: The keys and their values. Fewer than 1,000 values are encoded in one step. With 1,000 keys or
                 more, the call works in steps of about a millisecond, and the event loop runs between two
                 steps. Do not change the values until the call returns. The mapping itself is copied first,
                 in 2 ms for 100,000 keys.

@@ -20,22 +20,22 @@ R = TypeVar("R")
 class Items(Handle, AsyncIterator[tuple[str, T]]):
     """An asynchronous iterator over keys and values, in order of keys, all of one moment.
 
-    A call of `__anext__` is a step. The iterator returns the state as it is at the first step. Later changes have no
+    The iterator returns the state as it is at the first step: the first call of `__anext__`. Later changes have no
     effect on the iterator, and no writer waits for it. The event loop runs about every millisecond, and after each
     value that takes longer. While the iterator is open, values that are replaced or deleted stay in memory, and
     `set` takes longer.
 
     The iterator is closed after the last key, by `aclose`, and at the end of `async with`. It is also
     closed when it is garbage-collected, for example after a `break` out of `async for`. A closed iterator
-    yields nothing. If a task is cancelled in a step, no key is lost: the next step returns the same pair.
+    yields nothing. If a task is cancelled in `__anext__`, no key is lost: the next call returns the same pair.
 
-    Each step can raise the following errors. After a `TypeMismatchError`, the next step continues with the next
-    key.
+    Each call of `__anext__` can raise the following errors. After a `TypeMismatchError`, the next call continues with
+    the next key.
 
     Raises:
         TypeMismatchError: The value cannot be decoded as the requested type. The message has the key.
         ClosedError: The manager is not running, or was stopped since the first step.
-        RuntimeError: Another task waits for a step of this iterator.
+        RuntimeError: Another task waits for `__anext__` of this iterator.
     """
 
     _kind = "an iterator"

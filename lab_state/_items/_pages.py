@@ -22,7 +22,7 @@ _SECONDS_IN_STEP = 0.001
 """After this many seconds, a page whose values are decoded one by one gets no further value."""
 
 _BYTES_IN_STEP = 32_768
-"""Values with at most this many bytes in total are decoded in one call. This takes about a quarter of a millisecond."""
+"""Values with at most this many bytes in total are decoded in one call, which takes about a quarter of a millisecond."""
 
 _FEW = 4
 """Fewer values than this are decoded one by one."""
@@ -86,7 +86,7 @@ class Pages:
         """Return an iterator over the next keys with their values. At the end, return `None`.
 
         The iterator reads the list `view.unread`. If that list is emptied, the iterator ends. The list is empty
-        from the start if all keys of the page had expired.
+        from the start if all keys of the page had expired, or were left out because of their types.
 
         Raises:
             TypeMismatchError: The next value is not of the requested type. The next call continues after this value.
@@ -179,7 +179,10 @@ class Pages:
         return rows
 
     def _together(self) -> list[tuple[str, Any]] | None:
-        """Decode the first values of `_rest` in one call, and return them with their keys. Return `None` if this is not possible."""
+        """Decode the first values of `_rest` in one call, and return them with their keys.
+
+        Return `None` if these are fewer than `_FEW`, or if one of them is not JSON.
+        """
         rest, size, count = self._rest, 0, 0
         for _, stored in reversed(rest):
             if stored.__class__ not in JSON_CLASSES or (size := size + len(cast("bytes", stored))) > _BYTES_IN_STEP:

@@ -34,7 +34,7 @@ class ItemSource(Protocol):
 
 
 class Steps:
-    """The steps of one iterator, which `Items` and `PlainItems` take.
+    """The steps of one iterator, which `Items` and `PlainItems` take. A step decodes the next page.
 
     Attributes:
         rows: An iterator over the keys and values that the caller has not taken yet. It ends when the view is closed.
@@ -80,7 +80,9 @@ class Steps:
                 await self._begin()
             elif self._may_go_on() and pause:
                 await asyncio.sleep(0)
-            while self._may_go_on() and not self._load():  # a page is empty if all its keys had expired
+            while (
+                self._may_go_on() and not self._load()
+            ):  # a page is empty if all its keys had expired or were left out
                 if pause:
                     await asyncio.sleep(0)
         finally:

@@ -3,8 +3,8 @@
 This module packs the commands itself, and reads the answers one by one. A pipeline of redis-py would pack
 all commands in one step. Here a step of many keys is sent in slices, and the event loop runs between them.
 
-Messages never contain the text of an error of redis-py, because it may quote the command with a value. They
-contain only the class of the error, or the error code of the server.
+Messages never contain the text of an error of redis-py, because this text may quote the command with a value. The
+messages contain only the class of the error, or the error code of the server.
 """
 
 from __future__ import annotations

@@ -88,7 +88,11 @@ class RedisSource:
         return await self._on(await self._dialer.connect(self._clock), commands, closes)
 
     async def _on(self, connection: Connection, commands: Sequence[bytes], closes: int) -> list[Any]:
-        """Run commands on a connection, and keep it. If `aclose` was called since there were `closes` calls, close it."""
+        """Run commands on a connection, and keep the connection for a later read.
+
+        Close the connection instead if `aclose` was called meanwhile, or if enough connections are free. `closes` is the
+        number of calls of `aclose` when the read began.
+        """
         try:
             answers = await connection.transaction(*commands)
         except BaseException:

@@ -15,7 +15,7 @@ from lab_state.cache._source import Fetched
 from lab_state.exceptions import UnavailableError
 
 STANDS_SECONDS = 10.0
-"""The seconds for which a running writer must report a lower revision, until that revision is accepted."""
+"""The seconds for which a running writer must report a lower revision before that revision is accepted."""
 
 
 class AcceptedHead(NamedTuple):

@@ -33,7 +33,7 @@ R = TypeVar("R")
 Make = Callable[[Calls], Coroutine[Any, Any, R]]
 
 NOT_READ: Final = object()
-"""The result of `Bodies.read` for a call that is not a read."""
+"""The result of `Bodies.read` for a call that the owner must make."""
 
 
 class ReadAt(NamedTuple):

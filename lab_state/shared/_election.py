@@ -137,7 +137,7 @@ class Doubts:
 
     @property
     def are_over(self) -> bool:
-        """Whether the content has been the same in enough attempts, and for enough time. If so, it is taken as that of the present holder."""
+        """Whether the content was the same in enough attempts, and for enough time. Then it counts as that of the present holder."""
         return (
             self._seen is not None
             and self._times >= _BELIEVED_ATTEMPTS

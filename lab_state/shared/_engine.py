@@ -129,7 +129,7 @@ class Engine(Generic[C]):
         monotonic_ns: Callable[[], int],
         value_check: Callable[[str, Value], object] | None = None,
     ) -> None:
-        """Begin with the loaded state. A client of the table is forgotten if it does not connect within a minute.
+        """Begin with the loaded state. A client in the table of results is forgotten if it does not connect within a minute.
 
         Args:
             layer: The layer. It has no changes yet. Its copy has the loaded state and the table of results.
@@ -256,7 +256,7 @@ class Engine(Generic[C]):
         return self._table.find(client, number)
 
     def execute(self, call: Call, client: str | None = None) -> Executed[bytes] | Refused:
-        """Execute a call on the layer, without looking for an earlier execution. Its result is JSON.
+        """Execute a call on the layer, without a search for an earlier execution. The result of the call is JSON.
 
         If the check of the call does not hold, return a refusal. A `TypeMismatchError` or an `InvalidValueError`
         that a value causes is in the result. Then nothing was changed. `client` is `None` for a call of the owner.

@@ -139,7 +139,7 @@ class Link:
             self._end,
             clock=self._clock,
             most_received=_MOST_RECEIVED,
-            most_waiting=None,  # the window limits the size of the open calls
+            most_waiting=None,  # the window of `OpenCalls` limits the bytes that wait
         )
         self._channel.send(encode_for_owner(hello))
         self._timer = self._clock.call_later(LIFE, self._tick)

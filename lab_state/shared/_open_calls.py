@@ -1,9 +1,10 @@
-"""The calls of a client that have no answer yet. An open call has a number; the other calls wait for a number. This module does no I/O.
+"""The open calls of a client, which have no answer yet. This module does no I/O.
 
-Calls get their numbers in the order of `submit`. The open calls are in a *window*. A call waits while the window has no
-room for it: while its number would be more than `SPAN` above the acknowledgement, or while the open calls have too
-many bytes. A call keeps its number when it is sent again. Each call, each sign of life and the farewell have the acknowledgement.
-The acknowledgement is one less than the lowest open number, so it never covers a call that may be sent again.
+Calls get their numbers in the order of `submit`. The calls with a number are in a *window*. A call waits for a number while
+the window has no room for it: while its number would be more than `SPAN` above the acknowledgement, or while the calls in
+the window have too many bytes. A call keeps its number when it is sent again. Each call, each sign of life and the farewell
+have the acknowledgement. The acknowledgement is one less than the lowest number in the window, so it never covers a call
+that may be sent again.
 
 A call may have a check. The revision `since` of the check comes from the copy or from a refusal. A refusal
 may show changes that are not durable, and that may be lost if the owner ends. So a check with the revision of a
@@ -23,10 +24,10 @@ from lab_state.shared._order import SPAN
 C = TypeVar("C")
 
 MOST_BYTES = 16 * 1024 * 1024
-"""The largest total size of a client's open calls, in bytes. A call that is larger can be open if there is no other open call."""
+"""The largest total size of the calls in the window, in bytes. A larger call gets a number when the window is empty."""
 
 NEVER = -1
-"""The revision of a check that is refused, unless it has neither keys nor prefixes."""
+"""The revision of a check that the owner refuses, unless the check has neither keys nor prefixes."""
 
 Outcome: TypeAlias = Literal["not made", "unknown"]
 
@@ -37,7 +38,7 @@ class OpenCall(Generic[C]):
     Attributes:
         call: The object of the client for this call. This module does not use it.
         size: An upper bound of the size of the call, in bytes.
-        number: The number of the call; 0 while it waits for one.
+        number: The number of the call; 0 while the call waits for a number.
         since: The revision of the check; `None` without a check.
     """
 
@@ -61,7 +62,7 @@ class OpenCall(Generic[C]):
         self._may_be_made = True
 
     def moved(self) -> None:
-        """Note the answer `Moved`: the call was not applied. A check whose revision comes from the copy stays valid."""
+        """Note the answer `Moved`: the call was not executed. A check whose revision comes from the copy stays valid."""
         self._may_be_made = False
 
     def reconnect(self) -> None:
@@ -71,7 +72,7 @@ class OpenCall(Generic[C]):
 
 
 class OpenCalls(Generic[C]):
-    """The calls of one client, from its start to its stop.
+    """The open calls of one client, from its start to its stop.
 
     Attributes:
         heard: The time in the last message that this client got from an owner, in nanoseconds; `None` before the first message.
@@ -82,7 +83,7 @@ class OpenCalls(Generic[C]):
         self.heard: int | None = None
         self.connection: int = 0
         self._last = 0
-        self._open: dict[int, OpenCall[C]] = {}  # the open calls by number, in the order of the numbers
+        self._open: dict[int, OpenCall[C]] = {}  # the window: the calls by number, in the order of the numbers
         self._waiting: deque[OpenCall[C]] = deque()
         self._bytes = 0
 
@@ -100,8 +101,8 @@ class OpenCalls(Generic[C]):
 
         Args:
             call: The call.
-            size: An upper bound of its size, in bytes.
-            since: The revision of its check; `None` without a check.
+            size: An upper bound of the size of the call, in bytes.
+            since: The revision of the check; `None` without a check.
             refused_on: The number of the connection of the refusal, if the revision comes from a refusal; `None` if it
                 comes from the copy.
         """
@@ -129,13 +130,13 @@ class OpenCalls(Generic[C]):
         return self._last + 1 - self.acknowledgement <= SPAN and self._bytes + size <= MOST_BYTES
 
     def find(self, number: int) -> OpenCall[C] | None:
-        """Return an open call; `None` if there is none with this number."""
+        """Return the open call with this number; `None` if there is none."""
         return self._open.get(number)
 
     def end(self, call: OpenCall[C]) -> bool:
         """Remove a call that was answered or given up, even if it still waits for a number.
 
-        Return False if the call had been removed before. From now on, its number counts as answered.
+        From now on, its number counts as answered. Return False if the call had been removed before.
         """
         if call.number == 0:
             if call in self._waiting:
@@ -149,7 +150,7 @@ class OpenCalls(Generic[C]):
         return True
 
     def reconnect(self) -> list[OpenCall[C]]:
-        """Return the calls to send on a new connection, in order. Call this after a welcome that admits the client."""
+        """Return the calls in the window, to send them on a new connection. Call this after a welcome that admits the client."""
         self.connection += 1
         for call in self.everything():
             call.reconnect()

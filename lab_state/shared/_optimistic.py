@@ -165,7 +165,7 @@ class OptimisticDraft(Draft):
 
 
 def refused(copy: State, refusal: Refusal) -> Draft:
-    """Return a draft over the copy that has the values of a refusal."""
+    """Return a draft over the copy. The draft has the values of a refusal."""
     seen = Draft(copy)
     assert refusal.values is not None
     seen.apply(
@@ -188,7 +188,7 @@ class OptimisticCore(DraftCore):
 
     Attributes:
         draft: The draft, which notes what is read.
-        refusal: The refusal of its commit, if its values can be the seed of the next attempt.
+        refusal: The refusal of the commit, if the next attempt can begin with the values of the refusal; otherwise `None`.
     """
 
     __slots__ = ("_durability", "draft", "refusal")

@@ -140,7 +140,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         return self._turn.locked()
 
     async def in_turn(self, steps: Callable[[], Generator[None, None, R]]) -> R:
-        """Wait until no other call is executed in steps. Then run steps, and return their result.
+        """Wait until no other call is executed in steps. Then run the given steps, and return their result.
 
         If the caller is cancelled, the steps are run nevertheless.
         """
@@ -186,7 +186,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         return executed if isinstance(executed, Refused) else await self._answer(executed)
 
     def _execute_in_steps(self, call: Call) -> Generator[None, None, Executed[bytes] | Refused]:
-        self._check_call()  # the result may have changed since the call began to wait
+        self._check_call()  # the state may have been fenced, or the manager stopped, while the call waited for its turn
         executed = yield from self.engine.execute_in_steps(call)
         if not isinstance(executed, Refused):
             self.engine.own(executed)
@@ -223,7 +223,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         return await self._answer(executed)
 
     async def _let_go_first(self, key: str) -> None:
-        """Wait until no attempt of a client to change this key is awaited, for at most 10 ms."""
+        """Let clients that are about to make another attempt to change a key go first. Wait for at most 10 ms."""
         attempts, until = self.engine.attempts, self.loop.time() + PATIENCE / 1e9
         while attempts.is_awaited(key) and self.loop.time() < until:
             made = self._attempts.get(key)

@@ -177,7 +177,7 @@ class SharedPort(DataCalls):
         if is_repeated and made.values is not None and not prefixes:
             shared.refusal = made
             raise draft.conflict()
-        # Otherwise the next attempt might read a copy without the change, and be refused again.
+        # Otherwise the next attempt might read a copy without the change that caused the refusal, and be refused again.
         await wait_for_others(self.see_all(), self._core.name)
         raise draft.conflict()
 
@@ -242,7 +242,7 @@ class SharedPort(DataCalls):
             keys: The keys of the check.
             made: The time of the call, in seconds of the clock; by default now.
             is_empty: Whether the call makes no change.
-            count: The number of its keys, if the call may have many keys. With many keys, it is encoded in steps.
+            count: The number of keys, if the call may have many. A message with many keys is encoded in steps.
         """
         self.check_open()
         size += _HEAD_BYTES

@@ -30,7 +30,7 @@ from lab_state.shared._results import RecordCalls, ResultTable
 
 _HEAD = re.compile(rb'\{"from":\d+,"to":\d+,"clear":(true|false),"set":\{')
 _MIDDLE = [b'},"delete":[', b'],"expires":{']
-"""The texts between the slices of a record."""
+"""The texts between the members of a record that have slices: `set`, `delete` and `expires`."""
 
 _CONTRADICTION = "a record whose changes contradict each other"
 
@@ -43,7 +43,7 @@ class ParsedRecord(NamedTuple):
         end: The revision of the last change.
         cleared: Whether all keys were deleted before `changes`.
         changes: The last change of each key. A key that was deleted need not have existed.
-        time: The time of the state at the commit, in milliseconds since 1970; 0 if the record has no expiry and no expired key.
+        time: The time of the state at the commit, in milliseconds since 1970; 0 if no key of the state expires.
         wall: The time of the owner's wall clock, in milliseconds since 1970.
         calls: The results of calls; `None` if there are none.
         versions: The new versions of the state; `None` if they have not changed.

@@ -70,7 +70,7 @@ class Writer:
         end: The size of the journal in bytes, without an `E` frame at its end.
         starts_full: Whether the journal starts with the whole state.
         generation: A number that grows when a journal is given up. It also grows when a journal
-            that starts with the whole state is put in place.
+            that starts with the whole state is put in place. It does not count generations of a history.
         since: The records that were committed after a checkpoint took its view; `None` while
             there is no checkpoint.
         replaced: Descriptors of replaced files, which the worker for checkpoints closes.
@@ -111,7 +111,7 @@ class Writer:
         self.need, self._inherited = Need.NEW, records
 
     def adopt(self, salt: str, end: int, left: lookup.Fingerprint) -> None:
-        """Continue the journal that the start found, whose `E` frame begins at `end`. It is opened at the first write."""
+        """Continue the journal that the start found, whose `E` frame begins at `end`. The journal is opened at the first write."""
         self.need, self._salt, self.end, self._left, self._is_ended = Need.NOTHING, salt, end, left, True
 
     # Commits
@@ -156,10 +156,10 @@ class Writer:
         self._left = self._opened() or self._left._replace(size=self.end, modified=-1)
 
     def hand_over(self) -> bool:
-        """End the journal with an `E` frame, so that the next session can continue it. The caller must write nothing after it.
+        """End the journal with an `E` frame, so that the next session can continue the journal. The caller must write nothing later.
 
-        Return False if that is not possible, because the journal was given up, or starts with the whole state. Then the next
-        session needs a checkpoint.
+        Return False if this session has no journal yet or has given it up, or if the journal starts with the whole state. Then
+        the caller must write a checkpoint.
         """
         self._check()
         self._check_snapshot()
@@ -396,7 +396,7 @@ class Writer:
             self._poison()
 
     def _follow_snapshot(self, *records: bytes) -> None:
-        """Create the first journal of this session: it follows the snapshot, and has the inherited records and these."""
+        """Create the first journal of this session. It follows the snapshot, and has the inherited records, then the given ones."""
         self._create(self.base, *((FrameKind.RECORD, record) for record in (*self._inherited, *records)))
 
     def _create(self, base: str, *frames: tuple[FrameKind, bytes]) -> None:
@@ -436,9 +436,10 @@ class Writer:
         self.need, self._inherited, self._is_ended = Need.NOTHING, (), False
 
     def _replacing(self, *, is_copied: bool) -> AbstractContextManager[None]:
-        """Return a context manager that adds the journal in use to the history, before its block replaces it.
+        """Return a context manager for the replacement of the journal in use. Before its block runs, it links the journal into the history.
 
-        At the end of a checkpoint, and with `Need.NEW`, the next journal has copies of all records that the history does not have.
+        It links nothing at the end of a checkpoint, or with `Need.NEW`: then the next journal has copies of all records that
+        the history does not have.
         """
         if self.history is None:
             return nullcontext()

@@ -121,7 +121,7 @@ class StoredGeneration(NamedTuple):
 
     @property
     def files(self) -> tuple[HistoryFile, ...]:
-        """All files. A reader needs the first one."""
+        """All files, in the order in which they are read."""
         return self.journals if self.snapshot is None else (self.snapshot, *self.journals)
 
 

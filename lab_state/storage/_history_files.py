@@ -88,7 +88,8 @@ def link_present(paths: Paths, name: str, base: str, known: lookup.Fingerprint |
 def present_files(paths: Paths, name: str, base: str, known: lookup.Fingerprint | None) -> list[Link]:
     """Return the files of a state that belong in its history, the snapshot first. For the arguments, see `link_present`.
 
-    A journal without records is left out. So is a snapshot, if the journal has records that do not follow it.
+    A journal is left out if nothing but an `END` follows its header. A snapshot is left out if the journal is not left out,
+    and does not follow it.
 
     Raises:
         StorageError: A file cannot be read, or is not a file of this state, or the snapshot that the journal needs is missing.

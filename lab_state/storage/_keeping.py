@@ -110,7 +110,7 @@ class KeptHistory:
 
     @contextlib.contextmanager
     def replacing(self, base: str, known: lookup.Fingerprint | None, *, is_copied: bool) -> Generator[None]:
-        """Link the journal in use, with its snapshot, before the block replaces the journal. Do nothing if they are linked.
+        """Link the journal in use, with its snapshot, before the block replaces the journal. Do nothing if both are linked already.
 
         The worker for commits calls this.
 
@@ -129,7 +129,7 @@ class KeptHistory:
                 self._is_settled = self._is_found = False
 
     def _keep(self, base: str, known: lookup.Fingerprint | None, *, sync: bool = False) -> bool:
-        """Link the present files. Return False if the journal was left out, because it has no records."""
+        """Link the present files. Return False if there is no journal with records to link. After a failure, return True."""
         try:
             found = files.present_files(self._paths, self._name, base, known)
             if files.link_all(self._paths, found, sync=sync, sync_parent=not self._is_named):

@@ -363,8 +363,8 @@ class Requests:
     async def copy(self, source: str, target: str, etag: str) -> bool:
         """Copy an object within the store, on the condition that the object has this ETag.
 
-        If the outcome is unknown, copy again. This does no harm, because both copies are the same. If the store honours the
-        condition, a request that arrives late does no harm either, for the same reason.
+        If the outcome is unknown, copy again. This does no harm, because both copies have the same bytes. If the store honours
+        the condition, a request that arrives late copies the same bytes, too.
 
         Returns:
             Whether the object was copied. It was not copied if it has another ETag or does not exist.

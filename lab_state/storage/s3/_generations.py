@@ -5,9 +5,10 @@
 3. For each older snapshot, fetch its end, which has its revision and its time, and LIST the records after it.
 4. HEAD the snapshot in use. If it was replaced meanwhile, begin again.
 
-A generation has the records from its snapshot to the next one. If all of these are there, the generation reaches
-the first moment of the next one. If a number is missing, the generation ends before the gap. A snapshot that could not be copied leaves no gap, because the records
-of the generation before it continue. A snapshot that is pruned between two of these steps is left out.
+A generation has the records from its snapshot to the next snapshot. If all of these records are there, the generation reaches
+the first moment of the next generation. If a number is missing, the generation ends before the gap. A snapshot that could not be
+copied leaves no gap: the records after it belong to the generation before it. A snapshot that is pruned between two of these
+steps is left out.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Begin(NamedTuple):
 
 
 class _InUse(NamedTuple):
-    """The generation in use: its beginning, its last moment, and the number of bytes of its records."""
+    """The generation in use: the beginning, the last moment, and the number of bytes of the records."""
 
     begin: Begin
     last: Moment
@@ -132,7 +133,7 @@ async def begin_in_use(store: Requests, names: Names, present: ObjectInfo | None
 
 
 async def _look(store: Requests, key: str) -> tuple[ObjectInfo, bytes, Moment | None] | None:
-    """Return a snapshot with as many bytes at its end as are needed for its moment, and the moment; `None` if it is missing."""
+    """Return a snapshot, the bytes at its end that have its moment, and the moment. Return `None` if the snapshot is missing."""
     size = END_BYTES
     while (got := await store.get_end(key, size)) is not None:
         found, end = got

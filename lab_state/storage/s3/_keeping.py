@@ -4,9 +4,9 @@ A generation is a snapshot with the records after it, up to the next snapshot. B
 snapshot is copied under a separate key. The records keep their keys. If the copy fails, no record is missing: the records
 after the missing snapshot belong to the generation before it.
 
-A session does not copy each snapshot, because the records after the last copy lead to it. The session copies the snapshot that
-it has found at its start. Later it copies a snapshot that it has written, if there are many records since the last copy, or if these
-records have more bytes than the snapshot.
+A session does not copy each snapshot, because the last copy and the records after it have the same moments. The session copies the
+snapshot that it has found at its start. Later it copies a snapshot that it has written, if there are many records since the last
+copy, or if these records have more bytes than the snapshot.
 
 The store makes the copy, on the condition that the snapshot still has its ETag. Without this condition, a request that arrives
 late would replace a copy by another snapshot. Before the first copy, a test shows whether the store honours the condition. If

@@ -6,8 +6,8 @@
    number is missing, a checkpoint may have deleted that record meanwhile. In that case the snapshot
    has changed, too: load again. If four loads find the same snapshot and fail, the state is damaged,
    and the start fails before step 3. A fence above the missing numbers would do harm. Suppose that the
-   numbers are missing only because there is a stray object above them. If the operator deletes the stray
-   object, the fence would stay, and the numbers below the fence would still be missing.
+   numbers are missing only because there is a stray object above them. If the operator then deleted the
+   stray object, the fence would stay, and the numbers below the fence would still be missing.
 3. LIST again, and create a fence at the next number. The next record of an older writer would have
    the same number, so the store refuses that record.
 4. Load again; only changed objects are fetched. If the snapshot covers the number of the fence,
@@ -138,7 +138,7 @@ async def probe(store: Requests, names: Names) -> None:
 async def _undeletable(store: Requests, names: Names) -> str | None:
     """Return the reason why objects cannot be deleted. `S3Session.warning` shows the reason.
 
-    Return `None` if they can be deleted, or if this is not known.
+    Return `None` if objects can be deleted, or if this is not known.
     """
     try:
         await store.check_deletes(names.journal + "none")

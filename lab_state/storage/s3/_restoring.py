@@ -4,8 +4,8 @@
 2. Create a fence above all records and fences, even if numbers are missing. Then look again, as a start does.
 3. Copy the snapshot into the history. If the state cannot be loaded, copy its objects to `<name>.damaged-<time>/` instead. If a
    copy fails, nothing was changed, except for the fence.
-4. Replace the snapshot, as a checkpoint does. The new snapshot covers the number of the fence. So the records below it are
-   records of the history. Then delete objects whose number no writer reaches, since no start succeeds beside them.
+4. Replace the snapshot, as a checkpoint does. The new snapshot covers the number of the fence. So the records below the fence are
+   records of the history. Then delete objects whose number no writer reaches, because each start fails while they exist.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class _Found(NamedTuple):
             the newest older snapshot.
         revision: The revision of the snapshot; 0 if it is not known.
         listed: The sizes of the records and fences above `seq`, by number, without the fence of this writer.
-        strays: The keys of objects whose number no writer reaches. They are not part of the state, and no start succeeds beside them.
+        strays: The keys of objects whose number no writer reaches. They are not part of the state, and each start fails while they
+            exist.
     """
 
     present: ObjectInfo | None
