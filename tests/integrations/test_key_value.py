@@ -383,7 +383,9 @@ async def test_a_stopped_manager(store: LabStateStore, state: Manager) -> None:
 
 
 def test_a_store_needs_a_namespace(state: Manager) -> None:
-    """A whole manager is refused, because `destroy` would empty it. So is a prefix that is too long for keys."""
+    """A whole manager is refused, because `destroy` would empty it. So are a collection that is no text, and a prefix that is too long."""
+    with pytest.raises(TypeError, match="default_collection must be a str, not int"):
+        LabStateStore(state.namespace("mcp"), default_collection=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"such as state\.namespace\('mcp'\)"):
         LabStateStore(state)  # type: ignore[arg-type]
     LabStateStore(state.namespace("n" * 510))
