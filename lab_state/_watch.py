@@ -104,7 +104,7 @@ class Watcher:
         self._wake()
 
     def resync(self, revision: int) -> None:
-        """Replace all pending changes by one `resync`. It means that any key may have changed. Ignore a revision up to `since`."""
+        """Replace all pending changes by one `resync`, because any key may have changed. Ignore a revision up to `since`."""
         if revision <= self._since:
             return
         self._pending.clear()

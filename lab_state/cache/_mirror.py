@@ -76,7 +76,7 @@ _KEPT_SECONDS = 10.0
 
 _PROGRESS_SECONDS = 5.0
 _LARGE_KEYS = 100_000
-"""A fill of more than this many keys logs its progress, at most once in `_PROGRESS_SECONDS`."""
+"""A fill of this many keys or more logs its progress, at most once in `_PROGRESS_SECONDS`."""
 
 
 class MirrorWriter:

@@ -157,7 +157,7 @@ class Connection:
         return self._channel.is_open
 
     def record(self, data: bytes) -> None:
-        """Send a record. If the client cannot take it, close the connection. The client connects again to get it, or loads the files."""
+        """Send a record. If the client cannot take the record, close the connection. Then the client connects again."""
         self._send(RecordMessage(memoryview(data)))
 
     def answers(self, answers: Sequence[Answer]) -> None:

@@ -42,8 +42,8 @@ class DataCalls:
 
         Args:
             make: See `Make`.
-            size: An upper bound of the size of its keys and values, in bytes.
-            count: The number of its keys, if the call may have many keys.
+            size: An upper bound of the size of the keys and values, in bytes.
+            count: The number of keys, if the call may have many.
         """
         raise NotImplementedError
 

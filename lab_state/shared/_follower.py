@@ -76,7 +76,7 @@ class Follower:
 
         Args:
             name: The name of the state.
-            storage: Its storage, for a load.
+            storage: The storage of the state, for a load.
             copy: The copy of this process.
             clock: The clock of the manager.
             logger: The logger of the manager.
@@ -160,9 +160,9 @@ class Follower:
     def starting(self, starting: Starting) -> None:
         """Note that the owner is still loading its state.
 
-        Store the time of this message as the last sign of life of an owner. But if an owner may have forgotten this client
-        since the stored time, keep the stored time. The hello contained the stored time. After the load, the owner
-        decides by this time whether it still knows this client.
+        Store the time of this message as the last sign of life of an owner. There is one exception: if an owner may have
+        forgotten this client since the time that is stored now, keep that time. A hello contains the stored time. By this
+        time, an owner decides whether it may have forgotten the client.
         """
         self.owner_pid = starting.pid
         heard, calls = self.link.heard, self._port.calls

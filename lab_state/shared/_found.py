@@ -34,7 +34,7 @@ from lab_state.storage._protocol import Recovery, StorageSession
 _MEMBER = f'"{RESERVED}":'.encode()
 
 _CHECKED_AT_ONCE = 256 * 1024
-"""The number of bytes of older records that are checked in one step of the event loop. With small records, this takes some milliseconds."""
+"""The number of bytes of older records that one step checks. With small records, such a step takes some milliseconds."""
 
 
 class _Span(msgspec.Struct, frozen=True, rename={"start": "from", "end": "to"}):

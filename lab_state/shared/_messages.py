@@ -195,7 +195,7 @@ class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
 
 
 class Ok(_Answer, frozen=True, tag="ok"):
-    """The answer to a call that was applied, or that had nothing to change."""
+    """The answer to a call that was executed. It may have had nothing to change."""
 
     revision: Count
     result: Raw
@@ -222,7 +222,7 @@ class Refused(_Answer, frozen=True, tag="refused"):
 
 
 class Moved(_Answer, frozen=True, tag="moved"):
-    """The answer to a call that was not applied. The client sends the call to the next owner."""
+    """The answer to a call that was not executed. The client sends the call to the next owner."""
 
 
 class Failed(_Answer, frozen=True, tag="failed"):

@@ -1,7 +1,7 @@
 """The order and the numbers that are allowed for the messages on one connection. This module does no I/O.
 
-Each side has one object of this module for each connection. With this object it checks each
-message before it handles the message.
+Each side has one object of this module for each connection. The object checks each message before
+the side handles the message.
 """
 
 from __future__ import annotations

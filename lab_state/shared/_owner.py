@@ -153,10 +153,10 @@ class Owner:
         return mirror is not None
 
     async def begin_stop(self, deadline: float) -> None:
-        """Begin the stop of the owner: accept no further connection, and apply no further call of a client.
+        """Begin the stop of the owner: accept no further connection, and execute no further call of a client.
 
         First wait until the checkpoint under way has ended, if there is one. This wait ends at the deadline, which is in seconds of the
-        clock. During this wait, calls are still applied. Otherwise the followers would have to wait for the checkpoint.
+        clock. During this wait, calls are still executed. Otherwise the followers would have to wait for the checkpoint.
         """
         assert self.flusher is not None
         if (checkpoint := self.flusher.checkpoints.task) is not None:

@@ -105,7 +105,7 @@ class ResultTable:
 
 
 class Applied(NamedTuple):
-    """The result of a call that was applied, but is not durable yet, and the revision of its change."""
+    """The result of a call that was executed, but is not durable yet, and the revision of its change."""
 
     at: int
     value: bytes

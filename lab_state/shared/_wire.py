@@ -90,7 +90,7 @@ _any_version = msgspec.json.Decoder(AnyVersion)
 
 _CHANGE = re.compile(rb'\["change",\d+,\d+,-?\d+,\[')
 _DELETE, _EXPIRES = b'},"delete":[', b'],"expires":{'
-"""Two of the texts between the slices of a `MakeChanges`."""
+"""Two of the texts between the members of a `MakeChanges` that have slices: `set`, `delete` and `expires`."""
 
 _CONTRADICTION = "a call whose changes contradict each other"
 

@@ -247,7 +247,7 @@ def _create_and_rename(first: str, second: str) -> None:
 
 
 def check_replaceable(path: str, directory: str) -> None:
-    """Check, before a commit relies on it, that a rename can replace a file. A missing file is accepted.
+    """Check that a rename can replace a file. A missing file is accepted.
 
     Raises:
         UnsupportedError: The file is a mount point, or `chattr` or the sticky bit forbids

@@ -1,9 +1,9 @@
 """The names and the bytes of the objects in S3. This module does no I/O.
 
 * `<prefix>/<name>.json` is the snapshot, in the same format as on disk. Its `$lab_state`
-  has two more members: `seq` is the number of the last record that it covers, and `fence`
-  is the number of its writer's fence. Both are also in the metadata of the object, so HEAD
-  returns them.
+  has two more members: `seq` is the number of the last record that the snapshot covers,
+  and `fence` is the number of the fence of its writer. Both are also in the metadata of
+  the object, so HEAD returns them.
 * `<prefix>/<name>.journal/<20 digits>` are the records, numbered from 1 without gaps. Each
   is one frame of the journal. A fence has a number of the same sequence, and is empty.
 * `<prefix>/<name>.probe` is the object with which a start checks that the store honours
@@ -64,8 +64,8 @@ class Older(NamedTuple):
     """An older snapshot that the history keeps. Its key has these numbers.
 
     Attributes:
-        seq: The number of the last record that it covers.
-        wall: Its recorded time, in milliseconds since 1970; the time of the copy if it has no recorded time.
+        seq: The number of the last record that the snapshot covers.
+        wall: The recorded time, in milliseconds since 1970; the time of the copy if no time is recorded.
     """
 
     seq: int
@@ -146,7 +146,7 @@ def _salt(name: str, number: int) -> str:
 
 
 class Stamp(NamedTuple):
-    """The numbers in a snapshot: the last record that it covers, and the fence of its writer."""
+    """The two numbers in a snapshot: that of the last record that the snapshot covers, and that of its writer's fence."""
 
     seq: int
     fence: int

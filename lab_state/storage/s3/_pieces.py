@@ -1,6 +1,6 @@
 """The objects of a state in S3 that may be damaged, for a repair. Nothing is written, and no damage is an error.
 
-1. GET the snapshot, LIST the numbers after that of the last record that it covers, and GET their objects.
+1. GET the snapshot, LIST the objects after the last record that it covers, and GET them.
 2. HEAD the snapshot. If it was replaced meanwhile, go back to step 1: a checkpoint may have deleted the records.
 """
 
