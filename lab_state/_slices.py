@@ -9,7 +9,7 @@ A tab between two members has no meaning in JSON. So each decoder reads the same
 `unsliced` uses the tabs: it decodes one slice after the other. The text need not come from lab_state. If each slice is JSON
 when it is put in brackets, and the text without the slices is JSON, then the whole text is JSON with these contents. If there
 is a tab inside a value, the text before this tab is not JSON. Then `unsliced` tries a longer text, up to a later tab. If no
-text fits, it returns `None`.
+text fits, `unsliced` returns `None`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lab_state._entries import Absent, Expiring, Json, StoredOrGone, Value, size
 from lab_state._not_json import NOT_JSON
 
 TAB = b"\t"
-"""The mark before a slice."""
+"""The mark before a slice, and before the closing bracket."""
 
 SLICE_BYTES = 64 * 1024
 """The approximate size of a slice in bytes: a slice ends when it has reached this size.

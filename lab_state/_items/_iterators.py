@@ -188,8 +188,8 @@ class Iterates(Handle):
     ) -> Items[Any]:
         """Iterate over the keys that start with `prefix` and their values, in order, all of one moment.
 
-        The result is for `async for`. It returns the state as it is at its first step, without later changes, and
-        no writer waits for the iterator. The event loop runs about every millisecond, and after each value that
+        The result is for `async for`. The iterator returns the state as it is at the first step, without later changes,
+        and no writer waits for the iterator. The event loop runs about every millisecond, and after each value that
         takes longer. So a program can read a large state and do other work meanwhile. If the `async for` may
         end early, put the iterator into `async with`, which closes it at once.
 

@@ -16,10 +16,10 @@ In one case, a write does not add its key to `_touched`: `set` stores a key that
 Therefore `_gone` has the keys that were removed since the last `take`. If no key is touched, the number of sorted
 keys differs from the number of entries only if `set` has stored such a key.
 
-A large index is built in steps. The build takes the keys of the dict of entries, 2,000 in a step. If a key is
-touched before all are taken, the build takes all keys again in one step, which takes about 50 ms for a million. If no
-key was touched, and all keys of the dict are in order already, they are only cut into chunks. Otherwise the keys are
-distributed to buckets, and each bucket is sorted. A sorted sample of the keys gives the bounds of the buckets.
+A large index is built in steps. The build takes the keys of the dict of entries, 2,000 in a step. If a key is added
+or removed before all are taken, the build takes all keys again in one step, which takes about 50 ms for a million. If
+no key was added or removed, and all keys of the dict are in order already, they are only cut into chunks. Otherwise the
+keys are distributed to buckets, and each bucket is sorted. A sorted sample of the keys gives the bounds of the buckets.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class State(Ordered):
         Args:
             top: The changes by key. A key that is deleted must exist. With `cleared`, no key is deleted.
             changes: The same changes in another dict. Without `cleared` it has the unflushed changes of other
-                keys, too. It may be the present dict of changes.
+                keys, too. `State.changes` itself may be passed.
             size: The number of keys after the change.
             absent: The number of keys that are deleted, apart from the keys that `cleared` deletes.
             stale: The keys that had an expiry; see `Expiries.replace`.

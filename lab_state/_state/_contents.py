@@ -71,7 +71,7 @@ class Contents:
             none. Each snapshot contains them.
         versions: The versions of the state. Each snapshot contains them, unless they are `FIRST_VERSIONS`.
         written_at: The time of the wall clock at the last write before the state was loaded, in milliseconds since 1970; 0 if
-            it is not known. It is for messages.
+            it is not known. Only messages use it.
         versions_at: The revision of the change with which the versions become durable. It may be the next change.
         borrowed: Whether values may be views of the buffer from which they were loaded. Such
             views keep the buffer in memory.

@@ -1,8 +1,8 @@
 """Decide whether a key that a call has read has changed since then. This module does no I/O.
 
-The owner keeps the keys that changed lately, each with the revision of its last change. This includes
-changes that are not durable. All changes after the revision `floor` are known. If a call has read an
-older revision, some changes since then are not known. So its check does not hold.
+The owner keeps the keys that changed lately, each with the revision of its last change. Changes that are
+not durable are included. All changes after the revision `floor` are known. If a call has read an older
+revision, some changes since that revision are not known. So the check of the call does not hold.
 """
 
 from __future__ import annotations

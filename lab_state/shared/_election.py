@@ -76,8 +76,8 @@ class Election:
 
         Raises:
             LockedError: The holder of the lock does not share the state. Or for `owner_timeout` seconds, no connection could be
-                made, or each connection ended before an owner answered. This is raised only without a copy. A holder that
-                accepts the connection and stays silent does not lead to this error; see `Follower.limit_silence`.
+                made, or each connection ended before an owner answered. The error is raised only without a copy. A holder
+                that accepts the connection and stays silent does not lead to this error; see `Follower.limit_silence`.
             UnsupportedError: The files or the socket cannot be used. Without a copy, this is also raised if the holder
                 runs on another machine.
             UnavailableError: The files or the socket cannot be used at present.

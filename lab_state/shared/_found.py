@@ -85,7 +85,7 @@ async def find(files: Files, copy: State | None) -> Found:
 
     Args:
         files: The files.
-        copy: The copy of this process; `None` if it has none. It must not change meanwhile.
+        copy: The copy of this process; `None` if the process has none. The copy must not change meanwhile.
 
     Raises:
         CorruptionError: The files are damaged, or their state is older than the copy.

@@ -332,7 +332,7 @@ class Member(SharedCopy):
 
         Raises:
             StorageError: Calls had no answer in time, or the last flush failed.
-            LabStateError: This process has lost its state. This is the error that every write has raised since then.
+            LabStateError: This process has lost its state. Every write has raised the same error since then.
         """
         self._stopping = True
         deadline = self._clock.monotonic() + timeout

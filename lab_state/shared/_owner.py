@@ -46,8 +46,8 @@ class Surroundings(NamedTuple):
         logger: The logger.
         times: The object that collects the durations of commits; see `FlushTimes`.
         on_fenced: A function of the application; see `Manager`.
-        make_mirror: A function that returns a writer of the mirror; `None` if there is no cache. It must not refer
-            to the manager. Otherwise a manager that was dropped could not be garbage-collected.
+        make_mirror: A function that returns a writer of the mirror; `None` if there is no cache. The function must not
+            refer to the manager. Otherwise a manager that was dropped could not be garbage-collected.
         started_at: The place in the application that started the manager.
         schema: The schema of the code, with the other objects that a start needs to use it.
     """

@@ -168,7 +168,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         """Execute a call of this process, and wait until it is durable. Return its result as JSON, and its revision.
 
         The number and the acknowledgement in `call` are ignored. If the check of the call does not hold, return the
-        refusal at once. If the caller is cancelled, the call goes on.
+        refusal, and wait for no commit. If the caller is cancelled, the call goes on.
 
         Raises:
             TypeMismatchError: The stored value does not allow the call. Nothing was changed.

@@ -136,8 +136,8 @@ class Claim:
         """Check that the socket file is still there. If it was deleted or replaced, bind a new socket, and return it.
 
         Return `None` if the file is still there, or if the claim was released. The caller accepts
-        connections at the new socket, and closes the old one. The connections that it accepted
-        before are not affected. If the caller is cancelled, the thread may still bind the new socket.
+        connections at the new socket, and closes the old one. Connections that were accepted
+        before stay open. If the caller is cancelled, the thread may still bind the new socket.
         From then on, `listener` returns it.
 
         Raises:

@@ -37,7 +37,7 @@ def read_files(
     Args:
         directory: The directory of the files.
         name: The name of the state.
-        given_up: An event. The caller sets it when it no longer waits. Then the call soon ends,
+        given_up: An event, which the caller sets when it no longer waits. Then the call soon ends,
             with any result or error.
         monotonic: A function that returns the time in seconds. The call gives up after 5 s.
 

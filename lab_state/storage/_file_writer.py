@@ -446,11 +446,10 @@ class Writer:
         return self.history.replacing(self.base, self.snapshot_fingerprint, is_copied=is_copied)
 
     def _sync_found(self, base: str, *journal: str) -> None:
-        """Sync the directories above the directory of the files. Sync the files that a journal with this base relies on, too.
+        """Sync the directories above the directory of the files, the snapshot unless the base needs none, and the given journal.
 
-        These are the snapshot, unless the base needs none, and the journal itself if it is given. The start
-        found all of them, so they may be only in the page cache. A failed sync of a file or of its directory is
-        not repeated. Instead, the next journal starts with the whole state.
+        The start found these files, so they may be only in the page cache. A failed sync of a file or of its
+        directory is not repeated. Instead, the next journal starts with the whole state.
         """
         folder.sync_parents(self.paths.directory)
         self.unsynced = False

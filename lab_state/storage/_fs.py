@@ -124,8 +124,8 @@ def open_regular(path: str, flags: int) -> int:
     """Open a regular file. Refuse files of all other types.
 
     Opening a FIFO waits for its other end, and opening a device may have an effect. So the
-    type is checked first. Another file may replace it between the check and the opening. This is
-    why `O_NONBLOCK` is used, and why the type is checked again.
+    type is checked first. Another file may take the place of the checked file before the opening.
+    Therefore `O_NONBLOCK` is used, and the type is checked again.
 
     Raises:
         OSError: See `os.open`.

@@ -134,7 +134,7 @@ class History(Protocol):
         """Become the only writer of a state, to restore it in place. Nothing is loaded, and nothing is changed yet.
 
         Raises:
-            LockedError: A writer has the state open. It may share the state with other processes.
+            LockedError: A writer has the state open. The writer may share the state with other processes.
             StorageError: See `Storage.open`. Damage is not an error here.
         """
         ...

@@ -144,7 +144,7 @@ def _present_snapshot(path: str, base: str, known: lookup.Fingerprint | None) ->
 def _moment(path: str, start: int, end: int) -> Moment:
     """Return the revision and the time of the snapshot in a part of a file. Both are 0 if another program wrote it.
 
-    The times of expiring keys may take many bytes. They are not decoded, because that would block every other thread.
+    The times of expiring keys may take many bytes. Decoding them would block every other thread, so they are skipped.
     """
     size = _END_BYTES
     while True:

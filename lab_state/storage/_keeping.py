@@ -102,8 +102,8 @@ class KeptHistory:
     def keep_rest(self, base: str, known: lookup.Fingerprint | None) -> None:
         """Link the files right before a checkpoint replaces them, if `keep_early` has not linked them.
 
-        This is rare: the journal had no records at the time of `keep_early`, or a commit has replaced it. The worker for commits
-        calls this.
+        Such a case is rare: the journal had no records at the time of `keep_early`, or a commit has replaced the journal since
+        then. The worker for commits calls this.
         """
         if not self._is_settled:
             self.keep_early(base, known)

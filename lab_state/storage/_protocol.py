@@ -220,8 +220,8 @@ class StorageSession(Protocol):
         """Release the state. A second call does nothing.
 
         Calls that are still running end before the release. Until the release, this writer owns the
-        state: a second writer is refused, or deposes this writer. This also holds when the caller
-        of `aclose` is cancelled.
+        state: a second writer is refused, or deposes this writer. If the caller of `aclose` is
+        cancelled, the release goes on.
 
         Raises:
             StorageError: The release failed. The session is closed even then.

@@ -1,8 +1,8 @@
 """The threads of a storage object, and a fast way to call a function in one of them.
 
-`loop.run_in_executor` takes 30 to 50 microseconds longer than a worker. It needs a future with a
-condition, a second future for the event loop, and locks. The additional time is a fifth of the time
-of a sync on an SSD, and a single writer would have to wait for it.
+`loop.run_in_executor` takes 30 to 50 microseconds longer than a worker, because it uses a future with a
+condition, a second future for the event loop, and locks. This additional time is a fifth of the time
+of a sync on an SSD, and each commit of a single writer would take longer by it.
 
 A worker calls one function at a time, in order. A worker does not have a fixed thread: all workers
 of a storage object share its threads, so an idle state needs no thread. A free thread is given to

@@ -2,7 +2,7 @@
 
 1. LIST the older snapshots.
 2. Fetch the end of the snapshot in use, and LIST the records after the last one that it covers.
-3. For each older snapshot, fetch its end, which has its revision and its time, and LIST the records after it.
+3. For each older snapshot, fetch the end, which has the revision and the time, and LIST the records after the snapshot.
 4. HEAD the snapshot in use. If it was replaced meanwhile, begin again.
 
 A generation has the records from its snapshot to the next snapshot. If all of these records are there, the generation reaches

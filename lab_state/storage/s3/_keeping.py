@@ -66,7 +66,7 @@ class Keeper:
     # Keeping
 
     async def keep(self, etag: str, seq: int, size: int) -> None:
-        """Copy the present snapshot into the history, if it still has the given ETag, and if enough records came since the last copy.
+        """Copy the present snapshot into the history. Do nothing if it has another ETag, or if few records came since the last copy.
 
         A failure is logged and counted, and not raised.
 
