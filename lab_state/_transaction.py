@@ -59,7 +59,7 @@ class DraftCore(CallCore):
 
     @property
     def has_conflict(self) -> bool:
-        """Whether something that was read has changed meanwhile. In a state of one process this cannot happen."""
+        """Whether something that was read has changed meanwhile; always False if the state is not shared."""
         return False
 
     @property

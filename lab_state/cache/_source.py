@@ -37,7 +37,7 @@ class Subscription(Protocol):
     async def ping(self) -> None:
         """Check that the subscription is not lost.
 
-        Another task calls `receive` meanwhile. This call returns when `receive` has returned
+        Another task must call `receive` during this call. The call returns when `receive` has returned
         every message that was sent before the call.
 
         Raises:

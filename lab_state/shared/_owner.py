@@ -165,7 +165,7 @@ class Owner:
         self.flusher.engine.is_ending = True
 
     async def release(self) -> None:
-        """Close the connections at once. Release the claim, unless the session releases it. A second call does nothing."""
+        """Close the connections at once. Release the claim, unless the session releases it. A second call waits for the first one."""
         self._close()
         await self._claim.release()
 

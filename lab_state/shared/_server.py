@@ -95,7 +95,7 @@ class Server:
             connection.send_parts(parts)
 
     def stop_accepting(self) -> None:
-        """Close the listening socket, and each connection of a client that is not admitted. A second call does nothing."""
+        """Close the listening socket, and each connection of a client that is not admitted at this moment."""
         self._stop_listening()
         for connection in list(self._connections):
             if not connection.is_admitted:

@@ -39,7 +39,7 @@ def read_files(
         name: The name of the state.
         given_up: An event, which the caller sets when it no longer waits. Then the call soon ends,
             with any result or error.
-        monotonic: A function that returns the time in seconds. The call gives up after 5 s.
+        monotonic: A function that returns the time in seconds. The call gives up after 5 s and at least two readings.
 
     Raises:
         StorageError: See `Storage.read`.

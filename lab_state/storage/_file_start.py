@@ -186,8 +186,8 @@ def _continue(writer: Writer, found: Scan, accepted: Accepted) -> None:
 
     After an unclean end, the records may not be durable. The first commit copies them to a new journal if they follow the
     snapshot in the header: that snapshot was durable before the journal was begun. If only a checkpoint frame names the
-    snapshot, its rename may not be durable, so the first commit writes the whole state. It also does so if there are more
-    bytes of records than twice the bound for a checkpoint, because that takes less time.
+    snapshot, its rename may not be durable, so the first commit writes the whole state. The first commit also writes the
+    whole state if there are more bytes of records than twice the bound for a checkpoint, because this takes less time.
     """
     if accepted.unclean:
         if found.header.base == writer.base and found.end <= 2 * writer.checkpoint_bytes:

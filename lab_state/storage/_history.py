@@ -89,7 +89,7 @@ class Restoring(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Release the state. A second call does nothing. If the caller is cancelled, the release goes on."""
+        """Release the state. A second call waits for the first one. If the caller is cancelled, the release goes on."""
         ...
 
 

@@ -217,7 +217,7 @@ class StorageSession(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Release the state. A second call does nothing.
+        """Release the state. A second call changes nothing, and may wait for the first one.
 
         Calls that are still running end before the release. Until the release, this writer owns the
         state: a second writer is refused, or deposes this writer. If the caller of `aclose` is

@@ -57,7 +57,7 @@ class S3Session:
     def __init__(
         self, store: Requests, names: Names, opened: Opened, let_go: Callable[[], None], limits: Limits | None = None
     ) -> None:
-        """Begin the session of an opened state.
+        """Start the session of an opened state.
 
         `let_go` is called when the session has ended. `limits` are the limits of the history; `None` if the session keeps no history.
         """
