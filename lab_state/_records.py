@@ -33,7 +33,10 @@ _MOST_FIELDS, _LONGEST_NAMES = 32, 1024  # for more keys, or more characters in 
 _MOST_CLASSES = 256  # when `_classes` has this many items, all of them are dropped
 
 _classes: dict[tuple[str, ...], Any] = {}
-"""The type of a list of rows, by the keys of the rows; `None` if msgspec refuses the keys. Before `_ENOUGH`, the bytes seen so far."""
+"""The type of a list of rows, by the keys of the rows; `None` if msgspec refuses the keys.
+
+Until `_ENOUGH` bytes of rows with these keys were seen, the item is the number of these bytes.
+"""
 
 
 def is_flat(value: Any, size: int) -> bool:

@@ -8,8 +8,8 @@ same as without a view.
 
 If the whole map is replaced, each open view keeps the old map. From then on, the view notes no values.
 
-The holder of the map, which is a `State` in most cases, has only weak references to its views. A view that is no
-longer used is garbage-collected, and the next change of the map removes the reference.
+The holder of the map is a `State`. The holder has only weak references to the views. A view that is no longer used is
+garbage-collected, and the next change of the map removes the reference.
 """
 
 from __future__ import annotations

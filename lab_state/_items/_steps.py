@@ -80,9 +80,8 @@ class Steps:
                 await self._begin()
             elif self._may_go_on() and pause:
                 await asyncio.sleep(0)
-            while (
-                self._may_go_on() and not self._load()
-            ):  # a page is empty if all its keys had expired or were left out
+            # A page is empty if all its keys had expired, or were left out because of their types.
+            while self._may_go_on() and not self._load():
                 if pause:
                     await asyncio.sleep(0)
         finally:

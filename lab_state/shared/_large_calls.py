@@ -15,7 +15,7 @@ from lab_state.shared._messages import Call, DeleteAll, DeleteMany, Incr, MakeCh
 
 
 def is_large(call: Call, layer: OwnerLayer) -> bool:
-    """Return whether a call has so many keys that it is executed in steps."""
+    """Return whether a call may have so many keys that it is executed in steps."""
     if isinstance(call, Set | Incr):  # the most frequent calls
         return False
     if isinstance(call, DeleteAll):  # without a prefix, all keys are deleted in one short step
