@@ -1,7 +1,7 @@
 """A change of many keys, which is prepared in steps and then made in one short step. This module does no I/O.
 
-Theory of operation. `Batch.prepare` puts the changes into two new dicts. One becomes the top
-layer of the entries, and the other the unflushed changes. `prepare` also counts the new keys. It changes
+Theory of operation. `Batch.prepare` puts the changes into two new dicts. Later, one dict becomes the top layer
+of the entries, and the other dict has the unflushed changes. `prepare` also counts the new keys. It changes
 no value of the state. So if a caller stops between two steps, nothing has changed.
 `Batch.switch` then gives both dicts to the state, in one short step: readers see all of the
 changes, or none. Later the state merges the layer into its map in steps (`State.fold_staged`).

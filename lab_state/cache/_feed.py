@@ -109,7 +109,7 @@ class Feed:
         self._filled.set()  # ends the pause after a failed load
 
     def _resync(self) -> None:
-        """Load the local copy again, and send a `resync` to all watches."""
+        """Load the local copy again, if there is one, and send a `resync` to all watches."""
         if self._local is not None:
             self._local.invalidate()
             self._stale.set()

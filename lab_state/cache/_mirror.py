@@ -237,7 +237,7 @@ class MirrorWriter:
             self._backlog.clear()
 
     def _check_clocks(self) -> None:
-        """Request a fill if the wall clock has drifted from the time of the state, because then the expiry times in the mirror are wrong."""
+        """Request a fill if the wall clock has drifted from the time of the state, and the mirror has expiry times, which are wrong then."""
         ahead = _ahead(self._flusher.shown)
         if abs(ahead - self._ahead) >= _MOST_DRIFT_MILLISECONDS:
             if self._has_times:

@@ -272,7 +272,7 @@ class Engine(Generic[C]):
         return self._executed(before, result)
 
     def _holds(self, call: MakeChanges) -> bool:
-        """Return whether the check of a call holds. If the check has one key, as in an `update`, note the attempt."""
+        """Return whether the check of a call holds. If the check has one key and no prefix, as in an `update`, note the attempt."""
         holds = self._recent.hold(call.since, call.keys, call.prefixes)
         if len(call.keys) == 1 and not call.prefixes:
             (self.attempts.make if holds else self.attempts.refuse)(call.keys[0])

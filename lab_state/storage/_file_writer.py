@@ -152,7 +152,7 @@ class Writer:
         self._note()
 
     def _note(self) -> None:
-        """Store the fingerprint after a write of this session. If the lookup fails, the next commit reads the journal."""
+        """Store the fingerprint after a write of this session. If the lookup fails, the next commit examines the journal; see `_check`."""
         self._left = self._opened() or self._left._replace(size=self.end, modified=-1)
 
     def hand_over(self) -> bool:
