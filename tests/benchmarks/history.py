@@ -117,7 +117,7 @@ async def _backups(results: Results, state: Manager, directory: str, rounds: int
     mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     shown = f"{ratio:.2f} ({mine * 1e3:.0f} / {theirs * 1e3:.0f} ms)"
     results.add("a backup / a checkpoint", shown, "<= 1.5", met=ratio <= 1.5)
-    longest = await stall(backup())
+    longest = statistics.median([await stall(backup()) for _ in range(5)])
     results.add(
         "... and the longest stall of the event loop", f"{longest * 1e3:.1f} ms", "<= 5 ms", met=longest <= 0.005
     )
