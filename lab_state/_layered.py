@@ -98,7 +98,7 @@ class Layered(State):
         return bool(self.expiries) or self.base.expires
 
     def due(self, now: int) -> int:
-        """Return the number of keys that have expired at a time. The cost grows with the number of changes; see `State.due`."""
+        """Return the number of keys that have expired by `now`. The cost grows with the number of changes; see `State.due`."""
         total = sum(isinstance(to, Expiring) and to.at <= now for to in self.changes.values())
         if not self.cleared:
             beneath = self.base.entries
@@ -106,7 +106,7 @@ class Layered(State):
         return total
 
     def due_keys(self, now: int) -> list[str]:
-        """Return the keys that have expired at a time. The cost grows with the number of changes; see `State.due_keys`."""
+        """Return the keys that have expired by `now`. The cost grows with the number of changes; see `State.due_keys`."""
         changes = self.changes
         found = [] if self.cleared else [key for key in self.base.due_keys(now) if key not in changes]
         return found + [key for key, to in changes.items() if isinstance(to, Expiring) and to.at <= now]

@@ -1,4 +1,4 @@
-"""`restore_state`: an earlier moment of a state, as its new present or as another state."""
+"""`restore_state`: restore a state as it was at an earlier moment, in place or as a new state."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ async def restore_state(
 
     With the same name as `into`, the call restores in place. Stop all managers of the state first. In S3, a manager that still runs
     in another process is fenced. The restored state becomes a new revision, above all others. So no revision is used for a second
-    change, and mirrors and readers continue to work. The previous state stays in the history, even without `history=`. So
-    `restore_state(name, storage, restored.before, into=name)` undoes the restore. A state that cannot be loaded can be restored as
-    well. Its files or objects are kept in `<name>.damaged-<time>/` until a person deletes them.
+    change, and mirrors and readers continue to work. The previous state stays in the history, even if the storage
+    was made without `history=`. So `restore_state(name, storage, restored.before, into=name)` undoes the restore. A state that
+    cannot be loaded can be restored as well. Its files or objects are kept in `<name>.damaged-<time>/` until a person deletes them.
 
     When the call returns, the restored state is durable. If the call raises an error or is cancelled, or if the process is killed,
-    the state is the old one or the restored one, and not a mixture. `list_generations` then shows which one. A second call makes
-    one more revision.
+    the state is the old one or the restored one, and not a mixture. `list_generations` then shows which one. A second call
+    in place makes one more revision. With another name as `into`, it raises `ValueError` if the first call made the state.
 
     The state is in memory up to three times during the call. Decoding blocks the event loop, as in `start()`. So call this
     function in a script, or before a service starts.
 
     Args:
-        name: The name of the state that has the moment.
+        name: The name of the state whose earlier moment is restored.
         storage: The storage that contains this state: a `FileStorage` or an `S3Storage`.
         at: The moment: a revision, or an aware `datetime`; see `read_state`.
-        into: The name of the restored state: the same name, or the name of a state that does not exist.
+        into: The name of the restored state: the same name, or a name that has neither a state nor a history.
         clock: A clock for tests. By default it is the clock of the machine.
 
     Returns:
@@ -72,10 +72,11 @@ async def restore_state(
 
     Raises:
         InvalidNameError: A name is not allowed; see `Config.name`.
-        TypeError: A name is not a `str`, `at` is neither an `int` nor a `datetime`, or the storage or the clock is none.
-        ValueError: The moment is outside of the history, in a hole of it, or in the future, or has no time zone. The message names
-            the first and the last moment that can be read, or the moments before and after the hole. Or `into` is another state
-            that exists. Nothing was changed.
+        TypeError: A name is not a `str`, `at` is neither an `int` nor a `datetime`, `storage` is not a
+            storage, or `clock` is not a clock.
+        ValueError: `at` is a `datetime` without a time zone. Or `into` is another name, and there is a state or a history of it. Or the
+            moment is outside of the history, in a hole of it, or in the future: then the message names the first and the last
+            moment that can be read, or the moments before and after the hole. Nothing was changed.
         LockedError: A manager runs on the state that would be replaced. Stop it first, in all processes that share the state. In
             S3, only a manager of this process is noticed.
         CorruptionError: Each generation that has the moment is damaged. Nothing was changed: restore another moment.

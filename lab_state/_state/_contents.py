@@ -30,7 +30,7 @@ OnChanges: TypeAlias = Callable[[Sequence[str], Sequence[StoredOrGone], int], No
 OnChange: TypeAlias = Callable[[str | None, StoredOrGone, int], None]
 """A callback that gets a key, its new value or `DELETED` or `EXPIRED`, and the revision.
 
-The key is `None` if one change deleted all keys.
+The key is `None` if all keys were deleted and are not reported one by one, or if a copy shows another state.
 """
 
 
@@ -47,7 +47,7 @@ class Contents:
     """The contents of a state: its entries, changes, revisions and time. `State` has the calls that change them.
 
     Attributes:
-        entries: Stored values by key. `clear`, `freeze` and `fold` replace this object:
+        entries: Stored values by key. Many calls replace this object, such as `clear`, `freeze`, `switch` and `fold_staged`:
             read the attribute each time.
         changes: The keys that changed since the last `take`, each with its value, `DELETED` or `EXPIRED`.
         cleared: Whether all keys were deleted before `changes`.
@@ -60,24 +60,26 @@ class Contents:
         epoch: The time of the state, in seconds since 1970, when `monotonic` is 0.
         expiries: The index of keys that expire.
         monotonic: The monotonic clock, in seconds.
-        on_change: A callback after each change, if there is a watch. `Writing.set` calls it, too.
-        on_changes: A callback after a change of many keys, if there is a watch.
+        on_change: A callback for each key of a change, if there is a watch. `apply` and `Writing.set` call it. `switch` calls
+            it only if all keys are deleted.
+        on_changes: A callback for all keys of a change that `switch` makes, if there is a watch.
         on_staged: A callback after a change of many keys, which `fold_staged` has to merge.
         on_first_change: A callback before the first change after a `take`; `None` if there is none.
         index: The keys in order of code points; `None` until a call needs it. See `_order`.
         free: A callback that frees a map that is no longer needed, and may be large. Its second argument is
             optional: the number of items that one step frees.
-        results: The results of calls that other processes made, as they were loaded; `None` if there are
-            none. Each snapshot contains them.
+        results: The results of calls of other processes; `None` if there has been none. The records of a shared state
+            change this table. Each snapshot except a backup contains it.
         versions: The versions of the state. Each snapshot contains them, unless they are `FIRST_VERSIONS`.
         written_at: The time of the wall clock at the last write before the state was loaded, in milliseconds since 1970; 0 if
             it is not known. Only messages use it.
-        versions_at: The revision of the change with which the versions become durable. It may be the next change.
-        borrowed: Whether values may be views of the buffer from which they were loaded. Such
-            views keep the buffer in memory.
+        versions_at: The revision of the change whose record has the versions. It is above `revision` until this change is made.
+        borrowed: Whether values may be `Raw` objects that are parts of the buffer from which they were loaded. They keep the
+            whole buffer in memory.
         views: The views that `items()` reads. If the list is not empty, `before_overwrite`
             has to be called before each change.
-        on_views: A callback after the first of these views was opened, and after the last one was closed.
+        on_views: A callback after each opening of such a view, and when no view is open any longer. It may also be called
+            when nothing has changed.
     """
 
     has_steps: ClassVar[bool] = True
@@ -145,7 +147,10 @@ class Contents:
         self.load({}, 0)
 
     def load(self, entries: dict[str, Stored], revision: int, expires: Mapping[str, int] | None = None) -> None:
-        """Replace the contents by loaded ones. There are no changes to take. `expires` has times in milliseconds since 1970."""
+        """Replace the contents by loaded ones. After this, there are no changes to take.
+
+        `expires` has times in milliseconds since 1970.
+        """
         self.entries: dict[str, Stored] | Layer = entries
         self.index: Index | None = None
         self.borrowed: bool = bool(entries)
@@ -219,11 +224,11 @@ class Contents:
         return len(self.entries) - (self.due(self.now()) if self.expires else 0)
 
     def due(self, now: int) -> int:
-        """Return the number of keys that have expired at a time, and are not removed yet."""
+        """Return the number of keys that have expired by `now`, and are not removed yet. `now` is in milliseconds since 1970."""
         return self.expiries.due(now)
 
     def due_keys(self, now: int) -> list[str]:
-        """Return the keys that have expired at a time, and are not removed yet, in no particular order."""
+        """Return the keys that have expired by `now`, and are not removed yet, in no particular order; see `due`."""
         return self.expiries.due_keys(now)
 
     @property

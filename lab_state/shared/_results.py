@@ -6,8 +6,8 @@ A record contains them in its member `calls`::
 
     {"<client>":[17,{"18":true,"19":7}],"<other client>":null}
 
-The first item is the acknowledgement of the client. The second item has the results of its calls, by the number
-of the call. `null` means that the client is forgotten. In a snapshot, each result has its revision as well::
+The first item is the acknowledgement of the client: the number up to which it needs no more answers. The second
+item has the results of its calls, by the number of the call. `null` means that the client is forgotten. In a snapshot, each result has its revision as well::
 
     {"<client>":[17,{"18":[43,true]}]}
 """
@@ -85,7 +85,7 @@ class ResultTable:
             entry.acknowledge(acknowledged)
 
     def snapshot(self) -> SnapshotCalls:
-        """Return the member `calls` of a snapshot. Later records do not change the result."""
+        """Return the member `calls` of a snapshot. Later records do not change the returned dict."""
         return {
             name: (
                 client.acknowledged,
@@ -105,7 +105,7 @@ class ResultTable:
 
 
 class Applied(NamedTuple):
-    """The result of a call that was executed, but is not durable yet, and the revision of its change."""
+    """The result of an executed call whose change is not durable yet. `at` is the revision of this change."""
 
     at: int
     value: bytes
