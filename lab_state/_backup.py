@@ -95,8 +95,8 @@ class BackedUp:
         reads go on meanwhile. A checkpoint and a backup wait for each other. In a shared state, each process can write a
         backup from its own copy. The changes of an open transaction are not in the backup.
 
-        The file is written beside `path` under a temporary name, synced, and renamed. So `path` is always an older backup
-        or the new backup. Only the user of the process can read a new file. A file that replaces an older backup gets the
+        The file is written beside `path` under a temporary name, synced, and renamed. So a file at `path` is always a whole
+        backup: the older one or the new one. Only the user of the process can read a new file. A file that replaces an older backup gets the
         owner and the mode of that backup. If the process is killed, a file `<path>.<8 digits>.tmp` may be left. Delete it.
 
         A second call at the same time writes a second file. With the same path, the last rename wins. If the caller

@@ -316,6 +316,7 @@ class Calls(Writing, Waits):
             RuntimeError: This is not the event loop of `start()`, `flush_interval` is 0, or a
                 transaction is open. Nothing was changed; the message says what to call.
             InvalidValueError: JSON cannot hold the value, or `ttl` is out of bounds.
+            TypeError: `ttl` is neither a number nor a `timedelta`.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_nowait("set")
@@ -367,6 +368,7 @@ class Calls(Writing, Waits):
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored value or the new value cannot be decoded as `type`.
             InvalidValueError: The new value or `ttl` is refused; see `update`.
+            TypeError: `fn`, `type` or `ttl` is refused; see `update`.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_nowait("update")

@@ -38,8 +38,8 @@ class Generation(NamedTuple):
 async def list_generations(name: str, storage: Storage) -> list[Generation]:
     """Return the generations of a state, the oldest first.
 
-    The call takes no lock and writes nothing, and works beside a manager that runs. It reads only the ends of
-    files, so the time of a call grows with the number of generations, and not with their size.
+    The call takes no lock and writes nothing, and works beside a manager that runs. Normally it reads only the
+    beginning and the end of each file, so the time of a call grows with the number of generations, and not with their size.
 
     A generation that cannot be read at all is left out, and the next one has a hole before it. If the files in use
     are damaged, or the state was removed, the list has only the history. Otherwise the last generation is in use.

@@ -21,9 +21,9 @@ from lab_state.storage._protocol import Storage
 class StateView(Reads):
     """A state as it was at one moment: a copy in memory that never changes.
 
-    `read_state` makes a view. A view has the reading calls of a manager. The time of a view does not advance. It is
-    the time at which `read_state` was called. With a `datetime` as `at`, it is that `datetime`. With a revision as `at`,
-    it is `wall`. Keys that had expired by then are not in the view. All other keys stay in the view. `expires_in` counts
+    `read_state` makes a view. A view has the reading calls of a manager. The time of a view does not advance.
+    Without `at`, it is the time at which `read_state` was called. With a `datetime` as `at`, it is that `datetime`. With a
+    revision as `at`, it is `wall`. Keys that had expired by then are not in the view. All other keys stay in the view. `expires_in` counts
     from the time of the view.
 
     Attributes:

@@ -42,7 +42,7 @@ class Blocking(Plain):
     `RuntimeError`, because it would block the loop that has to run it: await the call of the
     manager instead. If that loop does not run, the call raises `ClosedError` at once. If the loop stops
     during the call, the call raises `ClosedError` within about a second. Only `entry` and `namespace`
-    do not use the loop, and never raise these two errors.
+    do not use the loop, and never raise these two errors. No call raises the `RuntimeError` of the manager for a wrong event loop.
     """
 
     __slots__ = ()

@@ -44,6 +44,8 @@ class InvalidKeyError(LabStateError, ValueError):
 class InvalidValueError(LabStateError, ValueError):
     """The value cannot be kept as JSON, or a `ttl`, a number of `incr` or the result of a function is refused: fix the argument.
 
+    A write also raises it if the value is not of its type in the `Schema` of the manager.
+
     Attributes:
         path: The JSON path to the bad part of the value; `$` is the value itself.
     """
@@ -79,8 +81,8 @@ class TypeMismatchError(LabStateError):
 class SchemaError(LabStateError):
     """The schema of the code does not fit the state: use other code, or migrate the state. The state was left untouched.
 
-    `Manager.start` raises it in these cases. The message says which one, and what to do. In a shared state, a later call
-    raises it if another process has migrated the state meanwhile.
+    The message says what to do. In a shared state, a call of a running manager raises it if another process has migrated
+    the state meanwhile. `Manager.start` raises it in these cases:
 
     - Newer code wrote the state, and does not allow code as old as this; see `Schema.readable_by`.
     - The state needs a migration, and `Config.migrate` is `"refuse"`.

@@ -107,8 +107,8 @@ class Manager(Scope, BackedUp):
             on_fenced: A plain function that takes the `FencedError`. It is called on the event loop when the manager learns that
                 a newer writer owns the state. This may happen during `stop()`, too. The function is called at most once for each
                 `start()`. Use it to end the process: `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
-                logged. If the function raises `SystemExit` or `KeyboardInterrupt`, the event loop ends. One line at level
-                ERROR is logged, even if there is no such function.
+                logged. If the function raises `SystemExit` or `KeyboardInterrupt`, the event loop ends. With or without
+                this function, one line at level ERROR says that the manager is fenced.
             schema: The version and the types of the values, and the migrations of older states. A manager without a schema
                 has version 1, and no types.
 

@@ -271,9 +271,9 @@ class Reads(Ranges):
         return self._all(self._cut(names), type, limit, is_skipping=is_skipping)
 
     async def check(self, prefix: str = "", *, type: Any, limit: int = 100) -> list[Misfit]:
-        """Return the values that are not of a type, in order of their keys, all of one moment.
+        """Find the values that are not of a type. Return their keys and the reasons, in order of the keys, all of one moment.
 
-        Use it before you change a type, or after a `TypeMismatchError`. The result has keys and reasons, but no value. The call works
+        Use it before you change a type, or after a `TypeMismatchError`. The result contains no value. The call works
         in steps of about a millisecond, and the event loop runs between two steps. It may have to sort all keys first; see `keys`.
 
         Args:

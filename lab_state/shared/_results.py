@@ -7,7 +7,8 @@ A record contains them in its member `calls`::
     {"<client>":[17,{"18":true,"19":7}],"<other client>":null}
 
 The first item is the acknowledgement of the client: the number up to which it needs no more answers. The second
-item has the results of its calls, by the number of the call. `null` means that the client is forgotten. In a snapshot, each result has its revision as well::
+item has the results of its calls, by the number of the call. `null` means that the client is forgotten. In a
+snapshot, each result has its revision as well::
 
     {"<client>":[17,{"18":[43,true]}]}
 """
