@@ -51,6 +51,10 @@ class Manager(Scope, BackedUp):
     `stop()`, the manager belongs to the event loop that `start()` runs on. If a running manager is garbage-collected, a
     `ResourceWarning` is issued. The lock and the files of the state are released when the event loop has been closed. `copy.copy`
     and `copy.deepcopy` return the manager itself. A manager cannot be pickled.
+
+    The texts of the calls do not repeat these errors. A read or a write raises `ClosedError` before `start()` and after `stop()`,
+    and `InvalidKeyError` for a key that is not allowed. A write raises `RuntimeError` on another event loop. A write raises
+    `UnavailableError` if the flush task has ended, or if the owner of a shared state does not answer.
     """
 
     _kind = "a manager"
