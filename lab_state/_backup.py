@@ -96,8 +96,9 @@ class BackedUp:
         backup from its own copy. The changes of an open transaction are not in the backup.
 
         The file is written beside `path` under a temporary name, synced, and renamed. So a file at `path` is always a whole
-        backup: the older one or the new one. Only the user of the process can read a new file. A file that replaces an older backup gets the
-        owner and the mode of that backup. If the process is killed, a file `<path>.<8 digits>.tmp` may be left. Delete it.
+        backup: the older one or the new one. Only the user of the process can read a new file. A file that replaces an older
+        backup gets the owner and the mode of that backup. If the process is killed, a file `<path>.<8 digits>.tmp` may be left.
+        Delete it.
 
         A second call at the same time writes a second file. With the same path, the last rename wins. If the caller
         is cancelled, or `stop()` is called meanwhile, the temporary file is deleted. If the rename has begun, the new
@@ -105,14 +106,14 @@ class BackedUp:
 
         Args:
             path: The path of the file, on this machine. Its directory must exist. An existing file is replaced.
-                It must not be a file of a state, a directory, a link, or a device.
+                It must not be a directory, a link, a device, or a file of a state.
 
         Returns:
             The revision of the state in the backup.
 
         Raises:
-            UnsupportedError: The path cannot be used: its directory is missing, a permission is missing, or it leads to a
-                file of a state. The message says which.
+            UnsupportedError: The path cannot be used: its directory is missing, a permission is missing, or one of the
+                things above is at the path. The message says which.
             UnavailableError: The file could not be written, for example because the disk is full. The older backup is
                 unchanged, unless the message says that the sync of the directory failed. Or, in a shared state, there
                 was no sign of life of an owner for `Config.owner_timeout` seconds.

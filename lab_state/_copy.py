@@ -56,6 +56,7 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
             `str`, or `progress` is not callable.
         UnsupportedError: The target has a state of this name. Or the source has no state of this name, or
             only an empty state that was never written. Or one of the storages cannot be used; the message says why.
+        LockedError: A manager has a state of this name open in the target.
         StorageError: Reading or writing failed; see `Storage` and `StorageSession`. Or the copy differs from the source.
     """
     name = Config(name=name).name

@@ -23,8 +23,8 @@ class StateView(Reads):
 
     `read_state` makes a view. A view has the reading calls of a manager. The time of a view does not advance.
     Without `at`, it is the time at which `read_state` was called. With a `datetime` as `at`, it is that `datetime`. With a
-    revision as `at`, it is `wall`. Keys that had expired by then are not in the view. All other keys stay in the view. `expires_in` counts
-    from the time of the view.
+    revision as `at`, it is `wall`. Keys that had expired by then are not in the view. All other keys stay in the view.
+    `expires_in` counts from the time of the view.
 
     Attributes:
         revision: The number of the last change that the view contains.

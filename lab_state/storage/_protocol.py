@@ -190,8 +190,8 @@ class StorageSession(Protocol):
 
         Args:
             record: The record.
-            snapshot: The whole state, which contains the changes of the record. A storage that
-                cannot append at the moment writes the whole state instead.
+            snapshot: A function that returns the slices of the whole state, with the changes of the
+                record. A storage that cannot append at the moment writes the whole state instead.
 
         Returns:
             Whether a checkpoint is due. The record is durable when the call returns.
@@ -208,7 +208,10 @@ class StorageSession(Protocol):
         """Replace the old snapshot, and the records that the new snapshot covers, by the new snapshot.
 
         Commits do not wait for the checkpoint, and run at the same time. Records that are
-        committed after the view was taken are kept.
+        committed after the call of `snapshot` are kept.
+
+        Args:
+            snapshot: A function that takes a view of the state, and returns the slices of its snapshot.
 
         Raises:
             StorageError: The old snapshot and records are unchanged, or the new snapshot has
