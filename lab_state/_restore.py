@@ -74,8 +74,8 @@ async def restore_state(
         InvalidNameError: A name is not allowed; see `Config.name`.
         TypeError: A name is not a `str`, `at` is neither an `int` nor a `datetime`, `storage` is not a
             storage, or `clock` is not a clock.
-        ValueError: `at` is a `datetime` without a time zone. Or `into` is another name, and there is a state or a history of it. Or the
-            moment is outside of the history, in a hole of it, or in the future: then the message names the first and the last
+        ValueError: `at` is a `datetime` without a time zone. Or `into` is another name, and there is a state or a history of it.
+            Or the moment is outside of the history, in a hole of it, or in the future: then the message names the first and the last
             moment that can be read, or the moments before and after the hole. Nothing was changed.
         LockedError: A manager runs on the state that would be replaced. Stop it first, in all processes that share the state. In
             S3, only a manager of this process is noticed.

@@ -32,8 +32,8 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
         flush_interval: Seconds between background flushes, 0 or more. `0`: every
             call that changes something returns only when its change is durable.
             Concurrent callers share one write. `None`: there are no flushes in the
-            background. `flush()`, `backup()` and `stop()` write the changes. With an interval above 1/16 s, a flush begins early
-            when about 8 MiB are not flushed.
+            background. `flush()`, `backup()` and `stop()` write the changes. With an
+            interval above 1/16 s, a flush begins early when about 8 MiB are not flushed.
             The default is 1.0, and 0 in a shared state, which allows no other value.
         stop_timeout: Seconds without progress after which `stop()` gives up, above 0.
             While bytes are written or sent, `stop()` goes on, however large the state is.

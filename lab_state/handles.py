@@ -188,8 +188,8 @@ class Scope(Calls):
         the state. Then no change is missed. A slow task receives only the last change of each key.
         If changes of more than 10,000 keys are pending, the task receives one `resync` instead. It also
         receives one when a single call deletes all keys of a state with more than 10,000 keys, and when
-        a follower of a shared state loads the state again. After a `resync`, read the state again. When the manager stops or the block is left, the iteration
-        ends after the pending changes. Only one task may iterate over a watch: a second task gets
+        a follower of a shared state loads the state again. After a `resync`, read the state again. When
+        the manager stops or the block is left, the iteration ends after the pending changes. Only one task may iterate over a watch: a second task gets
         a `RuntimeError`. In a shared state, the changes of all processes are reported, when they are durable.
 
         Args:

@@ -50,7 +50,8 @@ class Schema:
                 without a migration, what the older code writes.
             types: The types of the values by the prefix of their keys, such as `{"users/": User}`. For each key, the
                 longest prefix that fits it is used. At the end of a migration, each value under these prefixes is checked. A write of
-                a key under them raises `InvalidValueError` if the value is not of its type. Such a write decodes the value once more.
+                a key under them raises `InvalidValueError` if the value is not of its type. Such a write
+                decodes the value once more.
             strict: Whether a member that a type does not know is an error. Then `start()` checks each value under `types`, which
                 takes several times as long as loading the state, and each write checks its value.
 
