@@ -183,6 +183,7 @@ async def test_places_that_cannot_be_used(tmp_path: Path) -> None:
     """A directory in the place of a file, and a missing bucket, are code 5.
 
     An empty directory name, and a backup in a directory that is missing or on a file of a state, are usage errors.
+    If the system refuses the path of a backup, the code is 5.
     """
     world = World("stopped in a bucket", tmp_path)
     assert (await world.run("ls", "")).code == 2
@@ -196,6 +197,9 @@ async def test_places_that_cannot_be_used(tmp_path: Path) -> None:
     report = await world.run("doctor", "s3://no-such-bucket/shop")
     assert report.code == 5
     assert [line.split(":")[0] for line in report.out.splitlines()] == ["LOOK  content", "LOOK  store"]
+    failed = await world.run("backup", "state/shop", f"{'x' * 300}.json")
+    assert failed.code == 5
+    assert "File name too long" in failed.err
 
 
 async def test_another_program_at_the_socket_is_reported(tmp_path: Path) -> None:

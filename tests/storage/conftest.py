@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -25,6 +26,13 @@ async def proxy() -> AsyncIterator[Proxy]:
     """Yield a proxy to the store, with faults on demand."""
     async with Proxy(endpoint()) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """Free the sessions that a failing test leaves open. They are garbage only after the event loop is closed."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from collections.abc import Awaitable, Callable
 from itertools import product
@@ -297,7 +296,9 @@ async def test_a_copy_that_fails(
     await generation(session, b"2")
     assert failures(session) == 1
     assert bucket.get(SNAPSHOT)[0] == b'{"is":"2"}'
-    errors = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.ERROR]
+    errors = [
+        entry.getMessage() for entry in caplog.records if (entry.name, entry.levelno) == ("lab_state", logging.ERROR)
+    ]
     assert len(errors) == 1
     assert "could not be copied into the history" in errors[0]
     proxy.end_plans()
@@ -729,11 +730,11 @@ BUGS: dict[str, tuple[list[Change], Finder]] = {
 
 # A test that fails leaves its sessions open.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("bug", BUGS)
 async def test_a_bug_is_found(bug: str, bucket: Bucket, proxy: Proxy) -> None:
     """With a bug in the storage, a test above fails."""
     changes, finder = BUGS[bug]
     with put_in(changes), pytest.raises((AssertionError, LabStateError, pytest.fail.Exception)):
         await finder(bucket, proxy)
-    gc.collect()
     _Claim._held.clear()
