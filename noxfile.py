@@ -83,7 +83,7 @@ S3_THOROUGH = {**WHEEL_ONLY, "LAB_STATE_S3_THOROUGH": "1"}
 
 @nox.session(name="s3-faults")
 def s3_faults(session: nox.Session) -> None:
-    """Test `S3Storage` with moto, with each fault at each request. `tests` has some of the faults."""
+    """Test `S3Storage` with moto, with all cases of the S3 tests. `tests` leaves out many faults and cancellations."""
     session.install(".", *_group("test"))
     session.run("pytest", *AT_ONCE, *(session.posargs or S3_TESTS), env=S3_THOROUGH)
 

@@ -40,12 +40,12 @@ def check_cache(cache: object) -> None:
 
 
 def check_clock(clock: object) -> None:
-    """Check that an argument other than `None` is a clock.
+    """Check that an argument is a clock or `None`.
 
     Raises:
         TypeError: The argument is a class, or lacks a method of `Clock`.
     """
-    if not has_calls(clock, "time", "monotonic", "call_later"):
+    if clock is not None and not has_calls(clock, "time", "monotonic", "call_later"):
         raise TypeError(f"clock must be an object such as lab_state.testing.ManualClock(), not {kind_of(clock)}")
 
 

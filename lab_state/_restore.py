@@ -87,8 +87,7 @@ async def restore_state(
     """
     name, target = Config(name=name).name, Config(name=into).name
     moment = check_at(at)
-    if clock is not None:
-        check_clock(clock)
+    check_clock(clock)
     clock = SystemClock() if clock is None else clock
     history = history_of(storage)
     if name != target:

@@ -124,8 +124,7 @@ async def read_state(
             neither an `int` nor a `datetime`, or `clock` is not a clock.
     """
     name = Config(name=name).name
-    if clock is not None:
-        check_clock(clock)
+    check_clock(clock)
     now = (SystemClock() if clock is None else clock).time()
     if at is None:
         try:

@@ -127,8 +127,7 @@ class Manager(Scope, BackedUp):
         check_storage(storage)
         if cache is not None:
             check_cache(cache)
-        if clock is not None:
-            check_clock(clock)
+        check_clock(clock)
         if on_fenced is not None:
             check_on_fenced(on_fenced)
         self._schema = WITHOUT if schema is None else checked_schema(schema)

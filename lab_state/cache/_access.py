@@ -31,8 +31,7 @@ class MirrorAccess(Iterates):
     """The local copy of a reader, the source of its mirror, and the reads from both. `Reader` has the public calls."""
 
     def __init__(self, name: str, source: Source, *, local: bool, clock: Clock | None) -> None:
-        if clock is not None:
-            check_clock(clock)
+        check_clock(clock)
         self._name = name
         self._source = source
         self._is_local = local

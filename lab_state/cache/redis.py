@@ -53,8 +53,7 @@ class RedisCache:
                 "or pip install '.[redis]' in a clone of lab_state",
                 name="redis",
             ) from error
-        if clock is not None:
-            check_clock(clock)
+        check_clock(clock)
         self._dialer = Dialer(url)
         self._prefix = check_prefix(prefix)
         self._clock: Clock = SystemClock() if clock is None else clock

@@ -25,7 +25,7 @@ ENDPOINT = "LAB_STATE_TEST_S3_ENDPOINT"
 """An environment variable that `nox -s s3-real` sets: the address of a real store. Its credentials are in the environment, too."""
 
 THOROUGH = bool(os.environ.get("LAB_STATE_S3_THOROUGH"))
-"""Whether each fault is tried in each part. `nox -s s3-faults` and `nox -s s3-real` set it. Otherwise some of the faults are tried."""
+"""Whether all cases are tried. `nox -s s3-faults` and `nox -s s3-real` set it. Otherwise some of the faults and cancellations are tried."""
 
 _numbers = itertools.count()
 

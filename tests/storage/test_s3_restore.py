@@ -568,6 +568,7 @@ async def restore_once(bucket: Bucket, clock: ManualClock) -> None:
 
 Finder = Callable[[Bucket, ManualClock], Awaitable[None]]
 
+# `fill` may run for the first time with one of these bugs, so no bug may change what a writer stores.
 BUGS: dict[str, tuple[list[Change], Finder]] = {
     "a restore takes a number that a record has": (
         [(_restoring, "open_to_restore", "max(before.listed, default=before.seq) + 1", "before.seq + 1")],
