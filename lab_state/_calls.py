@@ -82,7 +82,7 @@ class Calls(Writing, Waits):
             TypeMismatchError: The stored value cannot be decoded as `type`. The key was not deleted.
             TypeError: `type` cannot be decoded, or the default is a class; see `get`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         await self._turn()
         if (port := self._core.port) is not None:
@@ -136,7 +136,7 @@ class Calls(Writing, Waits):
             TypeError: `fn` is not callable, `type` cannot be decoded, or `ttl` is neither a number
                 nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         check_callable("update", fn)
         lifetime = self._lifetime(ttl)
@@ -185,7 +185,7 @@ class Calls(Writing, Waits):
             TypeError: `factory` is not callable, `type` cannot be decoded, or `ttl` is neither a
                 number nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         check_callable("get_or_set", factory)
         lifetime = self._lifetime(ttl)
@@ -215,7 +215,7 @@ class Calls(Writing, Waits):
             InvalidValueError: JSON cannot hold the value, or `ttl` is out of bounds.
             TypeError: `ttl` is neither a number nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         stored = self._encode(key, value)
         lifetime = self._lifetime(ttl)
@@ -265,7 +265,7 @@ class Calls(Writing, Waits):
             TypeError: `delta` or `default` is not a number, `type` cannot be decoded, or `ttl` is
                 neither a number nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         _check_number("delta", delta)
         _check_number("default", default)
@@ -317,7 +317,7 @@ class Calls(Writing, Waits):
                 transaction is open. Nothing was changed; the message says what to call.
             InvalidValueError: JSON cannot hold the value, or `ttl` is out of bounds.
             TypeError: `ttl` is neither a number nor a `timedelta`.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         self._check_nowait("set")
         return self._now(key, self.set(key, value, ttl=ttl))
@@ -328,7 +328,7 @@ class Calls(Writing, Waits):
         Raises:
             RuntimeError: This is not the event loop of `start()`, `flush_interval` is 0, or a
                 transaction is open. Nothing was changed; the message says what to call.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         self._check_nowait("delete")
         return self._now(key, self.delete(key))
@@ -369,7 +369,7 @@ class Calls(Writing, Waits):
             TypeMismatchError: The stored value or the new value cannot be decoded as `type`.
             InvalidValueError: The new value or `ttl` is refused; see `update`.
             TypeError: `fn`, `type` or `ttl` is refused; see `update`.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         self._check_nowait("update")
         return self._now(key, self.update(key, fn, default, type=type, ttl=ttl))

@@ -68,7 +68,7 @@ class Writing(Reads):
                 Or `ttl` is out of bounds.
             TypeError: `ttl` is neither a number nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         core = self._core
         if (ttl is not None or core.blocked) and not self._note_for_views(key, ttl):
@@ -137,7 +137,7 @@ class Writing(Reads):
             TypeError: `values` is not a mapping, or `ttl` is neither a number nor a `timedelta`.
             ClosedError: The manager was stopped during the steps. Nothing was stored.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         self._check_loop()
         if not isinstance(values, Mapping):
@@ -174,7 +174,7 @@ class Writing(Reads):
             InvalidValueError: `ttl` is out of bounds.
             TypeError: `ttl` is not a number, a `timedelta` or `None`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         lifetime = self._lifetime(ttl)
         await self._turn()
@@ -193,7 +193,7 @@ class Writing(Reads):
 
         Raises:
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         return await self.delete_many((key,)) == 1
 
@@ -210,7 +210,7 @@ class Writing(Reads):
             TypeError: `keys` is one `str`, or is not iterable.
             ClosedError: The manager was stopped during the steps; nothing was deleted.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         self._check_open()
         given = list(many_keys(keys))
@@ -239,7 +239,7 @@ class Writing(Reads):
             TypeError: `prefix` is not a `str`.
             ClosedError: The manager was stopped during the steps; nothing was deleted.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
-            FencedError: A newer writer owns the state; nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
         prefix = check_prefix(prefix)
         core = self._core

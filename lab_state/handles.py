@@ -102,7 +102,7 @@ class Scope(Calls):
                 beginning: this is not the event loop of `start()`.
             ClosedError: At the beginning: the manager is not running. At the end: the manager
                 was stopped meanwhile, and nothing was changed.
-            FencedError: At the beginning or at the end: a newer writer owns the state.
+            FencedError: At the beginning or at the end: the manager has learned that a newer writer owns the state.
                 Nothing was changed.
             UnavailableError: At the beginning or at the end: the flush task has ended; see
                 `Status.task_failure`. Nothing was changed.
@@ -156,7 +156,7 @@ class Scope(Calls):
             RuntimeError: In a state that is not shared: this task is inside a transaction of the same manager, and
                 would wait for itself. Or this is not the event loop of `start()`.
             ClosedError: The manager is not running, or was stopped meanwhile. Nothing was changed.
-            FencedError: A newer writer owns the state. Nothing was changed.
+            FencedError: The manager has learned that a newer writer owns the state. Nothing was changed.
             UnavailableError: The flush task has ended; see `Status.task_failure`. Nothing was changed.
             StorageError: With a `flush_interval` of 0: the changes are made in memory, but not durable yet.
                 The manager tries again automatically. In a shared state, see `transaction`.
