@@ -16,11 +16,11 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         operations: The number of operations, by name and status (`success` or `error`).
-            `set`: values stored, and values refused. `get`: only calls that failed, because the
-            key was missing without a default, or the value could not be decoded as `type`. Successful
-            reads are not counted, because counting would take as long as reading. `delete`: keys
-            deleted. `expire`: expired keys deleted. `flush`: commits that succeeded, and commits
-            that failed. With a cache, there are two more names. `mirror`: steps sent to the cache,
+            `set`: values stored, and values and times to live that were refused. `get`: only reads of a key that
+            failed, because the key was missing without a default, or the value could not be decoded as `type`. A
+            value that `on_mismatch="skip"` leaves out counts, too. Successful reads are not counted, because
+            counting would take as long as reading. `delete`: keys deleted. `expire`: expired keys deleted.
+            `flush`: commits that succeeded, and commits that failed. With a cache, there are two more names. `mirror`: steps sent to the cache,
             and failed attempts to update the mirror. `fill`: the number of times the whole state was sent.
             In a shared state, values stored, keys deleted and keys expired are counted for all processes, as far
             as this process has received the changes. The other numbers count this process only.
@@ -35,7 +35,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters:
-    """The counts that `State` does not have: the number of failed calls, and the totals of earlier starts."""
+    """The counts that `State` does not have: the failures of reads and writes, and the totals of earlier starts."""
 
     __slots__ = ("deletes", "expiries", "get_errors", "set_errors", "sets")
 

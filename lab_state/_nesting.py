@@ -33,7 +33,7 @@ _MOST_ROUNDS = 12
 _LONGEST_UNIT = 64
 
 _SHORT = 8 * 1024
-"""JSON of fewer bytes is accepted at once if its opening brackets are not more than the allowed levels."""
+"""JSON of fewer bytes than this is accepted at once if it has no more opening brackets than the allowed levels."""
 
 _FEW = 16
 """The strings are removed if there is less than one quote among this many quotes and brackets."""
@@ -79,7 +79,7 @@ def _without_what_repeats(structure: bytes) -> tuple[bytes, int]:
         return structure, 0
     start, end = structure.find(unit), structure.rfind(unit) + length
     times, more = divmod(end - start, length)
-    if not more and structure[start:end] == unit * times:  # much faster than `replace`
+    if not more and structure[start:end] == unit * times:  # a slice is much faster than `replace`
         outside = structure.count(b'"', 0, start) % 2
         if not _balance(b"".join(halves[outside::2])):
             return structure[:start] + structure[end:], length

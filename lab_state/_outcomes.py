@@ -58,7 +58,7 @@ class Outcomes(Upkeep):
         self.last_error: StorageError | None = None
         self.last_flush_at: float | None = None
         self.last_flush_seconds: float | None = None
-        self._failure: StorageError | None = None  # the error of the last commit; `None` if there is none
+        self._failure: StorageError | None = None  # the error of the last commit; `None` if it succeeded
         self._interval = config.flush_interval
         self._logger = logger
         self._times = times

@@ -70,7 +70,7 @@ def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tu
     while True:
         chain = _single_parts(value, refused, fields=fields)
         # If a part of the chain is refused, all parts before it are refused, too. The last part is tried first,
-        # because it is refused in most cases. If it is not, a binary search finds the last refused part.
+        # because it is refused in most cases. If it is not refused, a binary search finds the last refused part.
         first, end = (len(chain),) * 2 if chain and refused(chain[-1][1]) else (0, max(0, len(chain) - 1))
         while first < end:
             middle = (first + end + 1) // 2
@@ -91,7 +91,7 @@ def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tu
 
 
 def _single_parts(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> list[tuple[str, Any]]:
-    """Return a chain of parts, from the outer to the inner ones. Each is the only part of its level that is not a scalar.
+    """Return a chain of parts, from the outermost to the innermost. Each is the only part of its level that is not a scalar.
 
     The chain ends at a level that has no such part, or whose scalars are refused. Only scalars are checked. So a
     large part deep inside is not checked again for each level above it.

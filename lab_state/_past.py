@@ -105,7 +105,7 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
     For the arguments, see `find`.
 
     Raises:
-        ValueError: The moment is outside of the history or in a hole.
+        ValueError: The moment is outside of the history, in a hole of it, or in the future.
         CorruptionError: Each generation that has the moment is damaged.
         UnavailableError: Ten times in a row, the generation was pruned or replaced before it could be read.
         StorageError: See `History`.
@@ -121,9 +121,10 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
 
 
 def _others(listed: list[FoundGeneration], at: At) -> list[FoundGeneration]:
-    """Return the generations that have a revision, the newest first. The newest of all is left out, because `find` returns it.
+    """Return the generations that have a revision, the newest first. The newest of these is left out, because `find` returns it.
 
-    A generation may end at the revision of the next snapshot. Then both generations have that revision.
+    A generation may end at the revision of the next snapshot. Then both generations have that revision. For a time, the
+    list is empty, because `find` chooses one generation.
     """
     if isinstance(at, datetime):
         return []

@@ -5,8 +5,8 @@ each slice, and one before the closing bracket::
 
     {"from":41,"to":42,"clear":false,"set":{\t"a":1,"b":2\t,"c":3\t},"delete":[\t],...}
 
-A tab between two members has no meaning in JSON. So each decoder reads the same text, with or without the tabs.
-`unsliced` uses the tabs: it decodes one slice after the other. The text need not come from lab_state. If each slice is JSON
+A tab between two members has no meaning in JSON. So a decoder finds the same contents with the tabs as without them.
+`unsliced` uses the tabs: it decodes one slice after another. The text need not come from lab_state. If each slice is JSON
 when it is put in brackets, and the text without the slices is JSON, then the whole text is JSON with these contents. If there
 is a tab inside a value, the text before this tab is not JSON. Then `unsliced` tries a longer text, up to a later tab. If no
 text fits, `unsliced` returns `None`.
@@ -147,7 +147,7 @@ class Unsliced(NamedTuple):
 
     Attributes:
         frame: The text without the slices, in parts. Each part but the last ends with the opening bracket of an object or
-            array that has slices. So joined, the parts have an empty object or array in its place.
+            array that has slices. If the parts are joined, there is an empty object or array in place of each of these.
         contents: The contents of these objects and arrays, in order. The values of an object are numbers if its name is
             `expires`, and JSON otherwise.
     """
@@ -216,7 +216,7 @@ def _array(data: bytes | memoryview, start: int) -> Generator[None, None, tuple[
 def _slice(
     data: bytes | memoryview, start: int, decode: Callable[[bytes], Any], *, is_first: bool
 ) -> tuple[Any, int] | None:
-    """Decode the slice at an offset. Return its content, and the offset of the next one; `None` if this is not possible."""
+    """Decode the slice at an offset. Return its content, and the offset after the tab that ends it; `None` if this is not possible."""
     end = start
     while (tab := _find_tab(data, end)) is not None:
         text = bytes(data[start : tab.start()])
@@ -228,7 +228,7 @@ def _slice(
             str(text, "utf-8")  # msgspec does not check a value that stays JSON
             content = decode(text)
         except NOT_JSON:
-            # Try at least twice as many bytes. So all attempts together take at most about twice as long as the last one.
+            # Try at least twice as many bytes. So all attempts together take at most about twice as long as the last attempt.
             end = 2 * tab.end() - start
         else:
             return (content, tab.end()) if content else None

@@ -55,7 +55,7 @@ class Progress:
 
     def __init__(self, written: Callable[[], int]) -> None:
         """Call `written`, and raise its error, if any. `written` returns the number of bytes that the storage has written so far."""
-        # An error here lets start() fail. Without this number, stop() could not distinguish a slow storage from one that hangs.
+        # An error here makes start() fail. Without this number, stop() could not distinguish a slow storage from one that hangs.
         written()
         self._written = written
         self._slices = 0

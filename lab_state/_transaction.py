@@ -1,4 +1,4 @@
-"""The calls of a transaction, whose changes are in a draft until they are made."""
+"""The calls of a transaction. Its changes are in a draft until they are made."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class DraftCore(CallCore):
         Raises:
             RuntimeError: The transaction is over.
             ClosedError: The manager is not running.
+            UnsupportedError: The manager runs in the parent of this forked process.
         """
         if not self.is_held and self._core.is_open:
             raise RuntimeError(f"this transaction of {self.name!r} is over: begin another one")
@@ -82,7 +83,7 @@ class DraftCore(CallCore):
         self.known = draft.base.entries
 
     async def conclude(self) -> int | None:
-        """Make the changes of the draft, and note their revision in `committed`. Return the result of `merge`, with its errors."""
+        """Make the changes of the draft, and note their revision in `committed`. Return what `merge` returns, and raise its errors."""
         made = await self.merge()
         self.committed = self._core.state.revision if made is None else made
         return made
@@ -94,7 +95,9 @@ class DraftCore(CallCore):
 
         Raises:
             ClosedError: The manager was stopped meanwhile; nothing was changed.
-            StorageError: No change can become durable; see `Durability.check_writable`. Nothing was changed.
+            RuntimeError: The caller is on another event loop.
+            StorageError: No change can become durable; see `Durability.check_writable`. Or this process is a forked
+                child. Nothing was changed.
         """
         self._check_turn()
         draft, durability = self.state, self.durability
@@ -132,7 +135,7 @@ class DraftCore(CallCore):
 
 @final
 class Transaction(Plain):
-    """An open transaction. Its calls need no `await`. The state gets its changes when the block ends.
+    """An open transaction. Its calls need no `await`. The state gets its changes when the block ends without an exception.
 
     Each call has the guarantees and errors of the manager's call of the same name. It sees the
     changes made in the transaction so far, and never waits. `set` and `set_many` return `None`,

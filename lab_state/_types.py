@@ -1,7 +1,7 @@
 """Decoders for the types that callers pass as `type=`, and the reasons why other types cannot be decoded. This module does no I/O.
 
-The decoders are cached by type. Pydantic decodes the types of Pydantic, and types that contain one
-of these. msgspec decodes all other types, and is tried for a type that Pydantic refuses.
+The decoders are cached by type. Pydantic decodes the types of Pydantic, and types that have one of these in their
+parameters or metadata. msgspec decodes all other types, and is tried for a type that Pydantic refuses.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def decoder(type_: Any) -> Decode:
 
 
 check_type = decoder
-"""Raise a `TypeError` for a type that cannot be decoded. This is `decoder`, used for its check alone."""
+"""Raise a `TypeError` for a type that cannot be decoded. This is `decoder`, and the callers ignore its result."""
 
 
 def optional(type_: Any) -> Any:

@@ -97,7 +97,7 @@ class UndoView(Generic[V]):
         entries, old = self._entries(), self._old
         if len(keys) <= 1 or not old.keys().isdisjoint(keys):
             return [old[key] if key in old else entries[key] for key in keys]
-        found: tuple[V, ...] = itemgetter(*keys)(entries)  # faster than `map`; see decision 142
+        found: tuple[V, ...] = itemgetter(*keys)(entries)  # this is faster than `map`; see decision 142
         return found
 
 

@@ -38,7 +38,7 @@ class Upkeep(Durability):
         try:
             more = self.shown.fold_staged(_batch.STEP)
         except BaseException:
-            # For example, a MemoryError. The event loop reports it. Try again in a second, because a checkpoint waits for the merge.
+            # The error may be a MemoryError. The event loop reports it. Try again in a second, because a checkpoint waits for the merge.
             self._clock.call_later(1.0, self._fold_staged)
             raise
         if more:

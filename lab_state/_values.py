@@ -191,7 +191,7 @@ def check_packed(value: object, data: bytes, packed: bytes) -> None:
         packed: Its MessagePack, with a NaN in place of each model.
     """
     ones = ALL_ONES in packed and find_ones(packed)
-    if (ones or (DEL in packed and find_del(packed))) and data.rfind(NULL) >= 0:  # faster than `in`
+    if (ones or (DEL in packed and find_del(packed))) and data.rfind(NULL) >= 0:  # `rfind` is faster than `in`
         if len(data) >= _SMALL:
             steps, part = innermost(value, _may_be_not_finite, fields=False)
             _check_finite(part, steps)
@@ -402,7 +402,7 @@ def _reason_of_model(model: Any) -> tuple[str, str]:
 
 
 def _field_to_blame(model: Any) -> str | None:
-    """Return the name of the first field of a model that cannot be written; `None` if there is none."""
+    """Return the name of the first field of a model for which writing fails; `None` if there is none."""
     for name in getattr(class_of(model), "model_fields", ()):
         try:
             model.model_dump_json(include={name}, round_trip=True, warnings="none")
@@ -430,8 +430,8 @@ def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
         return "a msgspec.Raw that is not valid JSON cannot be kept"
     if isinstance(value, dict):
         return _reason_of_keys(cast("dict[object, object]", value))
-    # The value can be encoded here, because this frame is less deep than the one in which it was refused. Coverage is not
-    # collected near Python's recursion limit.
+    # The value can be encoded here, because this frame is less deep than the frame in which the value was refused. Coverage
+    # is not collected near Python's recursion limit.
     if kind in PLAIN or kind is deque:
         return _NO_ROOM  # pragma: no cover -- see above
     if is_text(kind):

@@ -21,6 +21,7 @@ class Waits(Reads):
         Raises:
             StorageError: The write to the storage failed. The changes stay in memory, and the next flush tries
                 again. Unless `flush_interval` is `None`, the manager starts the next flush by itself, after a pause.
+                Or the flush task has ended, and a change is not durable: call `stop()`; see `Status.task_failure`.
             FencedError: The changes will never be durable: a newer writer owns the state.
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
@@ -66,8 +67,8 @@ class Waits(Reads):
             TypeError: The revision is not an `int`, or the timeout is not a number.
             RuntimeError: This is not the event loop of `start()`.
             FencedError: The revision will never be durable: a newer writer owns the state.
-            StorageError: The manager was stopped meanwhile, and its last flush failed. Or, in a shared state, this
-                process has lost its state.
+            StorageError: The flush task has ended; see `Status.task_failure`. Or the manager was stopped meanwhile, and
+                its last flush failed. Or, in a shared state, this process has lost its state.
             ClosedError: The manager is not running.
         """
         self._check_open()
@@ -100,8 +101,8 @@ class Waits(Reads):
             ValueError: The timeout is out of bounds.
             RuntimeError: This is not the event loop of `start()`.
             FencedError: The revision will not be reached: a newer writer owns the state.
-            StorageError: The manager was stopped meanwhile, and its last flush failed. Or, in a shared state, this
-                process has lost its state.
+            StorageError: The flush task has ended; see `Status.task_failure`. Or the manager was stopped meanwhile, and
+                its last flush failed. Or, in a shared state, this process has lost its state.
             ClosedError: The manager is not running.
         """
         check_revision(revision)

@@ -34,7 +34,7 @@ Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
 Told: TypeAlias = tuple[str, tuple[StoredOrGone, int]]
 """A key and its change. The change is a pair. Its first item is the new value, or `DELETED`, or `EXPIRED`. Its second item is the revision to report.
 
-A mirror gives `None` in place of the new value, because only the kind of the change is used.
+A reader of a mirror passes `None` in place of the new value, because only the kind of the change is used.
 """
 
 
@@ -119,7 +119,7 @@ class Watcher:
     def disown(
         self, refusal: LabStateError
     ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Let each `__anext__` raise this error from now on. This runs in a forked child."""
+        """Let each `__anext__` raise `refusal` from now on. This runs in a forked child."""
         self._pending.clear()
         self._resync, self._closed, self._refusal = None, True, refusal
 
@@ -131,6 +131,7 @@ class Watcher:
 
         Raises:
             RuntimeError: Another task waits for a change of this watch.
+            LabStateError: This process is a forked child; see `disown`.
         """
         if self._waiting is not None:
             raise RuntimeError("two tasks read one watch: open a watch for each task")
@@ -217,7 +218,7 @@ class Watchers:
         self._live = Group()
         self._durable = Group()
         self._turn: dict[str, tuple[StoredOrGone, int]] = {}  # the noted changes: the last one of each key
-        self._everything = 0  # the revision of a noted deletion of all keys; 0 if there is none
+        self._everything = 0  # the revision of a noted change of all keys; 0 if there is none
         self._queue: deque[tuple[Group, Iterator[Told] | int]] = deque()  # an int is the revision of a `resync`
 
     def __bool__(self) -> bool:
@@ -240,7 +241,7 @@ class Watchers:
             self.attended(False)
 
     def note(self, key: str | None, changed: StoredOrGone, revision: int) -> None:
-        """Note that a key was changed, or that all keys were deleted (`key` is `None`).
+        """Note that a key was changed, or that all keys may have changed (`key` is `None`).
 
         The reports to the watchers begin in the next turn of the event loop.
         """
@@ -287,7 +288,7 @@ class Watchers:
     def disown(
         self, refusal: LabStateError
     ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Let each iteration over a watcher raise this error. This runs in a forked child."""
+        """Let each iteration over a watcher raise `refusal`. This runs in a forked child."""
         for group in (self._live, self._durable):
             for watcher in group:
                 watcher.disown(refusal)

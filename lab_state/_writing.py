@@ -1,8 +1,8 @@
 """`Writing`: the calls that store and delete, and the steps that all writing calls share.
 
-`set` is the hot path: it takes one Python frame if the value is a dict or a list. Rare cases (a new
-key, the first change since a commit, a value with parts to check) are handled in separate functions,
-after one check.
+`set` is the hot path: it takes one Python frame if the value is a dict or a list with fewer than `SHALLOW` bytes
+of JSON. Other cases (a new key, the first change since a commit, a longer value, a value with parts to check) are
+handled in separate functions, after one check.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ class Writing(Reads):
             value: Anything that msgspec encodes as JSON, a Pydantic model, a path, an IP
                 address or a deque. The page "Values and types" lists the refused values, and the results of reads. The value is
                 encoded now, in one step of the event loop, so that writes keep their order.
-                A later change of the object does not change the state. A large value takes
-                two to five times as long as `msgspec.json.encode`, about 3 ms for a megabyte. A value
-                that is nested deeply, or is refused, takes up to twenty times as long.
+                A later change of the object does not change the state. For a large value, the call takes
+                two to five times as long as `msgspec.json.encode`, about 3 ms for a megabyte. For a value
+                that is nested deeply, is refused, or has many dates or times, it takes up to twenty times
+                as long as `msgspec.json.encode`.
             ttl: The time until the key expires: seconds or a `timedelta`, above 0 and at most
                 10,000,000,000 seconds. Without it the key never expires. An earlier expiry of the
                 key is removed.
@@ -228,7 +229,9 @@ class Writing(Reads):
     async def delete_all(self, prefix: str = "") -> int:
         """Delete each key that starts with `prefix`, as one change, and return the number of these keys.
 
-        Without a prefix, a manager deletes all keys in one step, in a time that hardly depends on their number.
+        Without a prefix, a manager deletes all keys in one step, in a time that hardly depends on their number. While
+        there is a watch, up to 10,000 keys are deleted one by one in this step, so that each is reported.
+
         With a prefix, or in a namespace, 1,000 keys or more are deleted in steps; see `delete_many`. Such a call
         may have to sort all keys of the state first; see `keys`.
 
@@ -260,7 +263,7 @@ class Writing(Reads):
     # Calls with many keys, in steps
 
     async def _set_in_steps(self, core: Core, values: dict[str, object], ttl: Seconds | None) -> int:
-        """Store many values in steps; see `set_many`. At the end, `values` is empty."""
+        """Store many values in steps; see `set_many`. The call empties `values`, in steps as well."""
         durability = core.durability
         encoded: dict[str, StoredOrGone] = {}
         size = 0
@@ -334,7 +337,7 @@ class Writing(Reads):
         return True
 
     async def _put(self, key: str, value: object, ttl: Seconds | None) -> int:
-        """Store a value as `set` does, in the rare cases: with a `ttl`, with a type, or if the caller may have to wait."""
+        """Store a value as `set` does, in the cases in which `_note_for_views` returns False."""
         stored = self._encode(key, value)
         lifetime = self._lifetime(ttl)
         full = check_key(self._full(key))
@@ -363,7 +366,7 @@ class Writing(Reads):
         return fresh
 
     def _lifetime(self, ttl: Seconds | None) -> int | None:
-        """Return a time to live in milliseconds; `None` if there is none. If it is refused, count the error."""
+        """Return a time to live in milliseconds; `None` if there is none. If `ttl` is refused, count the error."""
         try:
             return None if ttl is None else milliseconds(ttl)
         except (InvalidValueError, TypeError):
@@ -375,7 +378,12 @@ class Writing(Reads):
         return None if lifetime is None else self._core.state.now() + lifetime
 
     def _replaceable(self, key: str, default: object, type_: Any) -> tuple[Any, int | None]:
-        """Return the value of a key and its expiry. If the key is missing, return `default` and `None`."""
+        """Return the value of a key and its expiry. If the key is missing, return `default` and `None`.
+
+        Raises:
+            KeyNotFoundError: The key is missing, and `default` is `MISSING`.
+            TypeMismatchError: The value cannot be decoded as `type_`.
+        """
         old = self._get(key, MISSING_VALUE, type_)
         if old is MISSING_VALUE:
             return self._missing(key, default), None
@@ -393,7 +401,7 @@ class Writing(Reads):
         return stored
 
     def _encode_one(self, key: str, value: object) -> Value:
-        """Return the stored form of one of several values. The error names its key."""
+        """Return the stored form of one of several values. An error names the key of the value, and is counted."""
         try:
             stored = encode_value(value)
         except InvalidValueError as error:

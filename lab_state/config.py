@@ -23,8 +23,8 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of one manager: `Config("jobs", flush_interval=0)`.
 
     Only `name` may be passed by position. `Config` is a `msgspec.Struct`. For example,
-    `msgspec.yaml.decode(text, type=Config)` makes one from the text of a file, and
-    `msgspec.convert(dictionary, Config)` makes one from a dict. A misspelt field is an error.
+    `msgspec.yaml.decode(text, type=Config)` makes a `Config` from the text of a file, and
+    `msgspec.convert(dictionary, Config)` makes a `Config` from a dict. A misspelt field is an error.
 
     Attributes:
         name: The name of the state, and of its file or object: 1 to 128 characters
@@ -47,7 +47,7 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
         shared: Whether several processes of this machine use the state. A shared state
             needs a `FileStorage`.
         owner_timeout: Seconds for which a call of a shared state waits for an owner, or for a sign of
-            life of the owner, above 0. These calls are writes, `catch_up()` and `start()`. After this
+            life of the owner, above 0. These calls are writes, `catch_up()`, `flush()`, `backup()` and `start()`. After this
             time, the call raises `UnavailableError`, and `start()` may raise `LockedError` instead.
             An owner gives one sign of life each second. So a running owner counts as silent after 2
             seconds at the earliest, even if this value is smaller.

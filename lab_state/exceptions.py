@@ -63,7 +63,8 @@ class InvalidValueError(LabStateError, ValueError):
 class TypeMismatchError(LabStateError):
     """A value cannot be decoded as the type that was passed: pass another type, or migrate the value.
 
-    The value is a stored value, or a new value that `update`, `incr` or `get_or_set` would store.
+    The value is a stored value, or a new value that `update`, `incr` or `get_or_set` would store. `incr` also raises it if the
+    stored value is not a number.
 
     Attributes:
         path: The JSON path to the part that does not match; `$` is the value itself.

@@ -187,15 +187,17 @@ class Scope(Calls):
         Use it with `async with`, and iterate over the result. Open the watch first, and then read
         the state. Then no change is missed. A slow task receives only the last change of each key.
         If changes of more than 10,000 keys are pending, the task receives one `resync` instead. It also
-        receives one when a single call deletes all keys of a state with more than 10,000 keys, and when
+        receives a `resync` when a single call deletes all keys of a state with more than 10,000 keys, and when
         a follower of a shared state loads the state again. After a `resync`, read the state again. When
-        the manager stops or the block is left, the iteration ends after the pending changes. Only one task may iterate over a watch: a second task gets
-        a `RuntimeError`. In a shared state, the changes of all processes are reported, when they are durable.
+        the manager stops or the block is left, the iteration ends after the pending changes. Only one task may
+        iterate over a watch: a second task gets a `RuntimeError`. In a shared state, the changes of all processes are
+        reported, when they are durable.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
             durable: Whether to report a change only when it is durable. Then a change that was
-                made before the watch was opened, and becomes durable after that, is reported too.
+                made before the watch was opened, and becomes durable after that, is reported too. If that change
+                has deleted all keys, the task receives a `resync`.
 
         Raises:
             TypeError: The prefix is not a `str`.

@@ -487,7 +487,7 @@ class Manager(Scope, BackedUp):
     def durable_revision(self) -> int:
         """The last durable revision: every change up to it is durable.
 
-        After an unclean end, it is 0 from the start until the first commit, unless the state is shared.
+        After an unclean end of a state on disk, it is 0 from the start until the first commit, unless the state is shared.
         """
         flusher = self._running
         return self._ended.durable_revision if flusher is None else flusher.durable_revision

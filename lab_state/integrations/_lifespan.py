@@ -155,7 +155,7 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
 
 
 def stop_of(served: Mapping[str, Served] | None) -> ServerStop:
-    """Return the event that ends a stream when the server stops. After this call, a signal that stops the server sets this event.
+    """Return the event that ends a stream when the server stops. After this call, a signal that stops the server sets this event; see `ServerStop.listen`.
 
     Raises:
         LookupError: The application's lifespan does not run.
@@ -190,9 +190,10 @@ def check_bound(seconds: float | None) -> float:
 def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, bytes]:
     """Return the HTTP status and the JSON body of a health response.
 
-    The status is 503 if a manager does not run or cannot write, if it has an old change that is not
-    durable, if a reader is not up, or if there is neither a manager nor a reader. Otherwise it is 200. A
-    manager of a shared state cannot write if there was no sign of life of the owner for its `owner_timeout`.
+    The status is 503 if a manager does not run or cannot write, if one of its background tasks has ended too early,
+    if it has an old change that is not durable, if a reader is not up, or if there is neither a manager nor a reader.
+    Otherwise the status is 200. A manager of a shared state cannot write if there was no sign of life of the owner
+    for its `owner_timeout`.
 
     Args:
         served: The managers and readers, by name.

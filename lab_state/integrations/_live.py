@@ -2,7 +2,7 @@
 
 A server of the ASGI protocol waits until every request has ended. Only then does it tell the application
 that it stops. A stream of changes does not end by itself. So the stream must be ended earlier, when the
-signal arrives. The server already has a handler for that signal. When the first stream begins,
+signal to stop arrives. The server already has a handler for that signal. When the first stream begins,
 `ServerStop` replaces that handler by another handler, which ends the streams, and then calls the server's
 handler. For aiohttp, no signal handler is needed, because aiohttp calls `on_shutdown` early enough.
 """

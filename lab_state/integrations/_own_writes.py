@@ -82,9 +82,9 @@ def shared_states(served: Mapping[str, Served] | None) -> dict[str, Manager]:
 async def reached(states: Mapping[str, Manager], sent: Mapping[str, int]) -> dict[str, int]:
     """Wait until this process has revisions that a client has sent. Return the revisions that it has.
 
-    A revision is durable before any client gets it. So this process has each such revision when `catch_up` returns. If it
-    does not have the number after that, the number is not a revision of this state: the client has invented the number, or
-    the state was deleted or restored.
+    A revision is durable before any client gets it. So this process has each such revision when `catch_up` returns. If this
+    process does not have the number after that, the number is not a revision of this state: the client has invented the
+    number, or the state was deleted or restored.
 
     Args:
         states: The managers by the name of the state.

@@ -117,8 +117,9 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 
     Add it with `app.router.add_get("/health", health())`.
 
-    The handler answers 200 if every manager that `manager` finds runs and can write, every change that
-    is older than `max_unflushed_age` is durable, and every reader is up. In all other cases, it answers 503.
+    The handler answers 200 if every manager that `manager` finds runs and can write, all background tasks of
+    the managers run, every change that is older than `max_unflushed_age` is durable, and every reader is up.
+    In all other cases, it answers 503.
     It also answers 503 if `setup` was not called. The body is JSON with the status of each manager and reader.
     It has no keys and no values, but error messages in it may have file paths. So do not expose the
     endpoint to the internet.
@@ -149,7 +150,7 @@ def errors(app: web.Application, *, retry_after: int = 1) -> None:
     is `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
     without a value. The level is WARNING for 503 and DEBUG for 422.
 
-    This adds a middleware outside the existing middlewares, so the existing ones get the error first. The new
+    The call adds a middleware outside the existing middlewares, so the existing ones get the error first. The new
     middleware also answers errors of sub-applications. A response that has begun, such as the response to a
     WebSocket request, cannot be changed. If an error occurs after that, it is passed on to aiohttp.
 

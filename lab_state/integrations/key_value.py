@@ -42,7 +42,7 @@ class LabStateStore:
     SHA-256 is used instead. In that case, the original texts of both parts are stored beside the value,
     so that `keys` and `collections` can return them.
 
-    Every call raises `ClosedError` while the manager does not run, and `TypeError` for a
+    Every call except `cull` raises `ClosedError` while the manager does not run, and `TypeError` for a
     key or a collection that is not a `str`. With a `flush_interval` of 0, each writing call
     raises `StoreConnectionError` if the storage fails. After this error, the change is not durable
     yet, and the manager tries again by itself. When the manager is fenced, each writing call changes

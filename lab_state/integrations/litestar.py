@@ -105,9 +105,9 @@ def _always(one: Served) -> Callable[[], Served]:
 def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> HTTPRouteHandler:
     """Return a route for a load balancer: `Litestar([health()], plugins=[...])`.
 
-    The route answers 200 if every manager of the plugin runs and can write, every change that is older
-    than `max_unflushed_age` is durable, and every reader is up. In all other cases, it answers 503. It also
-    answers 503 if there is no plugin. The body is JSON with the status of each manager and reader. It has no
+    The route answers 200 if every manager of the plugin runs and can write, all background tasks of the managers
+    run, every change that is older than `max_unflushed_age` is durable, and every reader is up. In all other cases,
+    it answers 503. It also answers 503 if there is no plugin. The body is JSON with the status of each manager and reader. It has no
     keys and no values, but error messages in it may have file paths. So do not expose the endpoint to the
     internet.
 
@@ -299,7 +299,7 @@ class LabStateStore(NamespacedStore):
         return f"<LabStateStore in {self.namespace!r}>"
 
     def with_namespace(self, namespace: str) -> LabStateStore:
-        """Return a store under this one. `delete_all` of this store empties the new store, too.
+        """Return a store under this store. `delete_all` of this store empties the new store, too.
 
         All other calls of this store ignore the values of the new store. Stores of the same name have
         the same values.

@@ -131,9 +131,9 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
     Add it with `Route("/health", health())`, or with FastAPI's
     `app.add_api_route("/health", health())`.
 
-    The endpoint answers 200 if every manager runs and can write, every change that is older than
-    `max_unflushed_age` is durable, and every reader is up. In all other cases, it answers 503. It also
-    answers 503 if the lifespan did not run. The body is JSON with the status of each manager and reader. It has no
+    The endpoint answers 200 if every manager runs and can write, all background tasks of the managers run, every
+    change that is older than `max_unflushed_age` is durable, and every reader is up. In all other cases, it answers 503.
+    It also answers 503 if the lifespan did not run. The body is JSON with the status of each manager and reader. It has no
     keys and no values, but error messages in it may have file paths. So do not expose the endpoint
     to the internet.
 

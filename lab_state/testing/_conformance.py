@@ -32,7 +32,7 @@ class StorageConformance(ReadingConformance):
     """
 
     sampled: int = 50
-    """The number, roughly, of evenly spread offsets at which each stored part is damaged. Choose fewer if opening is slow."""
+    """The approximate number of evenly spread offsets at which each stored part is damaged. Choose fewer if opening is slow."""
 
     # Recovery
 
@@ -369,7 +369,7 @@ class StorageConformance(ReadingConformance):
     async def _flip_bits(self, *allowed: dict[str, Any]) -> None:
         """Flip single bits of each stored part. A start must be refused, or load one of the allowed states.
 
-        At the end, with all parts repaired, it must load the last of these states.
+        At the end, all parts are repaired, and a start must load the last of these states.
         """
         whole = dict(self.read_raw(NAME))
         for part, data in whole.items():

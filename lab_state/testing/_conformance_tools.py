@@ -74,7 +74,7 @@ async def awaited(call: Awaitable[object]) -> None:
 
 
 async def got_through(call: Awaitable[object]) -> bool:
-    """Await a call that returns nothing, and return True. So the result of `cancelled_at` is True or, if it was cancelled, `None`."""
+    """Await a call that returns nothing, and return True. So `cancelled_at` returns True, or `None` if the call was cancelled."""
     await call
     return True
 
