@@ -23,7 +23,7 @@ _OF_A_STATE = re.compile(
 
 
 class BackupFile:
-    """A new file that takes the place of an older backup when it is complete. Until then it has a temporary name.
+    """A new file with a temporary name. When the file is complete, it takes the place of an older backup.
 
     The worker that `write` gets calls the other methods, too. `discard` must be called at the end.
     """
@@ -37,7 +37,7 @@ class BackupFile:
 
         Raises:
             UnsupportedError: The path leads to a file of a state, or cannot be written. The message says why.
-            UnavailableError: The file cannot be created now.
+            UnavailableError: The path cannot be looked up now, or the file cannot be created now.
         """
         self._path = folder.absolute(path)
         _check_place(self._path, own)
@@ -68,7 +68,7 @@ class BackupFile:
 
 
 def own_files(snapshot: str) -> Paths | None:
-    """Return the files of a state whose snapshot is at this path; `None` if it is not the path of a file."""
+    """Return the files of a state whose snapshot is at this path; `None` if this is not the path of a file."""
     if not os.path.isabs(snapshot):
         return None
     directory, name = os.path.split(snapshot.removesuffix(".json"))

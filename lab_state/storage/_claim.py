@@ -203,7 +203,7 @@ class SharedFiles:
         Raises:
             LockedError: Another process, or another manager of this one, holds the lock.
             UnsupportedError: No socket can be bound in the directory. `Storage.open` lists further causes.
-            UnavailableError: The disk is full, or there are too many open files.
+            UnavailableError: The cause may be gone at the next attempt, such as a full disk, or too many open files.
         """
         own, thread = OwnSocket(), Worker(self._threads)
         taking = thread.submit(_take, self._directory, name, protocol, own, create=self._create)

@@ -89,7 +89,7 @@ def opened(path: str, *, create: bool) -> str:
         create: Whether to create a missing directory.
 
     Raises:
-        StorageError: The directory cannot be created, or the path is not a directory.
+        StorageError: The directory cannot be created or looked up, or the path is not a directory.
         UnsupportedError: The directory is missing, and `create` is False. Or the path is
             relative, and the current directory was deleted.
     """
@@ -250,8 +250,8 @@ def check_replaceable(path: str, directory: str) -> None:
     """Check that a rename can replace a file. A missing file is accepted.
 
     Raises:
-        UnsupportedError: The file is a mount point, or `chattr` or the sticky bit forbids
-            the rename.
+        UnsupportedError: The file is a mount point, or is not a regular file. Or `chattr` or the sticky bit forbids
+            the rename. Or a permission is missing.
         StorageError: The file cannot be looked up.
     """
     with translated("looking at", path):

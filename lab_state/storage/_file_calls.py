@@ -145,7 +145,7 @@ class FileRestoring:
         return kept
 
     async def aclose(self) -> None:
-        """Release the lock, after the call that may still run; see `Restoring.aclose`."""
+        """Wait for a call that still runs. Then release the lock; see `Restoring.aclose`."""
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(), name=f"lab_state {self._writer.name} release")
         await asyncio.shield(self._closing)
@@ -161,4 +161,4 @@ class FileRestoring:
 
 
 def _nothing() -> None:
-    """Do nothing, after the earlier calls of the thread."""
+    """Do nothing. `FileRestoring` runs this in the thread, to wait until the earlier calls there have ended."""

@@ -1,7 +1,7 @@
 """List and read the generations of a state on disk, while a writer may have it open. The calls block.
 
-No file is created, changed or locked, as in `_file_reader`. A list needs only the ends of files. The name
-of a file has the first revision of its generation. The last record of the journal has the last revision.
+No file is created, changed or locked, as in `_file_reader`. A list usually needs only the first and the last bytes of each
+file. The name of a file has the first revision of its generation. The last record of the journal has the last revision.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def _in_order(found: list[FoundGeneration], newest: int | None) -> list[FoundGen
 
 
 def _kept(paths: Paths, name: str) -> list[FoundGeneration]:
-    """Return the generations in the directory of the history. A snapshot of another program has no recorded time in its name."""
+    """Return the generations in the directory of the history."""
     try:
         names = lookup.names_in(paths.history)
     except StorageError as error:

@@ -2,7 +2,7 @@
 
 The writer of a restore loads nothing. Its first commit puts a journal with the whole restored state in place, by
 rule 6 of `docs/design/disk.md`. The rename of this journal is the moment of the restore. So the present snapshot
-need not be readable.
+need not be valid.
 """
 
 from __future__ import annotations

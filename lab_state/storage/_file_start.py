@@ -182,12 +182,16 @@ def _warn_if_stripped(path: str, snapshot: bytes) -> None:
 
 
 def _continue(writer: Writer, found: Scan, accepted: Accepted) -> None:
-    """Decide how the first commit continues the journal that was found. Without a journal, it writes a new one.
+    """Decide how the first commit continues the journal that was found.
 
     After an unclean end, the records may not be durable. The first commit copies them to a new journal if they follow the
-    snapshot in the header: that snapshot was durable before the journal was begun. If only a checkpoint frame names the
-    snapshot, its rename may not be durable, so the first commit writes the whole state. The first commit also writes the
-    whole state if there are more bytes of records than twice the bound for a checkpoint, because this takes less time.
+    snapshot in the header: that snapshot was durable before the journal was begun. In other cases the first commit writes
+    the whole state. For example, if only a checkpoint frame names the snapshot, its rename may not be durable. The first
+    commit also writes the whole state if the journal is larger than twice the bound for a checkpoint, because this takes
+    less time.
+
+    If the journal ends with an `E` frame, the first commit continues the journal. If the journal has only a header, the
+    first commit writes a new journal.
     """
     if accepted.unclean:
         if found.header.base == writer.base and found.end <= 2 * writer.checkpoint_bytes:

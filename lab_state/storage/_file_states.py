@@ -115,7 +115,7 @@ def _keep_last(paths: Paths, name: str) -> None:
 
 
 def _remove_files(paths: Paths, name: str) -> None:
-    """Delete the files of a state, except its lock.
+    """Delete the files of a state, except its lock, its history, and damaged files that a restore has kept.
 
     The snapshot is deleted first. Without it, a journal that follows it is refused, and a journal that needs no snapshot is
     still the whole state. So a crash never leaves an older state that could be loaded.

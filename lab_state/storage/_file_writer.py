@@ -121,6 +121,7 @@ class Writer:
 
         Raises:
             FullNeededError: The whole state must be written, and `full` is `None`. Call again with `full`.
+            StorageError: See `StorageSession.commit`.
         """
         self._check()
         self._check_snapshot()
@@ -156,10 +157,11 @@ class Writer:
         self._left = self._opened() or self._left._replace(size=self.end, modified=-1)
 
     def hand_over(self) -> bool:
-        """End the journal with an `E` frame, so that the next session can continue the journal. The caller must write nothing later.
+        """End the journal with an `E` frame, so that the next session can continue the journal. Return True.
 
-        Return False if this session has no journal yet or has given it up, or if the journal starts with the whole state. Then
-        the caller must write a checkpoint.
+        After that, the caller must write nothing, except a checkpoint. Return False if this session has no journal yet or has
+        given it up, or if the journal starts with the whole state. Then the next session settles the state, unless the caller
+        writes a checkpoint.
         """
         self._check()
         self._check_snapshot()
@@ -191,6 +193,7 @@ class Writer:
 
         Raises:
             AbandonedError: Since the view was taken, a commit has created such a journal, or has tried to.
+            StorageError: The journal could not be created.
         """
         self._check()
         if self.need is not Need.FULL or generation != self.generation:
@@ -219,6 +222,7 @@ class Writer:
 
         Raises:
             AbandonedError: The journal was given up or replaced since the view was taken.
+            StorageError: See `StorageSession.checkpoint`.
         """
         self._check()
         if self.need is Need.FULL or generation != self.generation:
@@ -306,7 +310,7 @@ class Writer:
                 self._look_into_journal()
 
     def _look_into_journal(self) -> None:
-        """Find out what has changed. Give the journal up, unless it still has the bytes that this session has written."""
+        """Find out what has changed. Give the journal up, unless it certainly still has the same bytes."""
         if self.need is Need.NOTHING and (
             problem := self._problem(lookup.fingerprint(self.paths.journal), self._opened())
         ):
@@ -364,7 +368,7 @@ class Writer:
         return None
 
     def _is_intact(self) -> bool:
-        """Read the journal. Return whether it has only valid frames of this session. Return False if it is too large.
+        """Read the journal. Return whether all of its frames are valid, and its size is the last one. Return False if it is too large.
 
         Raises:
             UnavailableError: There are too many open files, so the journal could not be read.
@@ -413,7 +417,7 @@ class Writer:
     def _put_in_place(self, new: NewJournal, replaced: list[int] | None = None) -> None:
         """Rename a new journal, and use it. The old journal is in use until the rename.
 
-        The old descriptor is added to `replaced`. If there is no such list, it is closed.
+        The old descriptor is added to `replaced`. If there is no such list, the old descriptor is closed.
         """
         left = new.check()
         try:
@@ -446,7 +450,7 @@ class Writer:
         return self.history.replacing(self.base, self.snapshot_fingerprint, is_copied=is_copied)
 
     def _sync_found(self, base: str, *journal: str) -> None:
-        """Sync the directories above the directory of the files, the snapshot unless the base needs none, and the given journal.
+        """Sync the directories above the directory of the files. Sync the snapshot, unless the base needs none, and the given journal.
 
         The start found these files, so they may be only in the page cache. A failed sync of a file or of its
         directory is not repeated. Instead, the next journal starts with the whole state.

@@ -5,7 +5,7 @@ Two rules hold:
 
 * A new snapshot or journal is written under a temporary name in the same directory, synced and renamed.
   Then its directory is synced. No other step relies on the file before that.
-* A failed sync is never repeated. The kernel may have marked the pages as clean, and a second
+* A failed sync of a file is not repeated. The kernel may have marked the pages as clean, and a second
   sync would then report success (Rebello et al., "Can Applications Recover from fsync
   Failures?", USENIX ATC 2020).
 
@@ -38,14 +38,14 @@ if sys.platform != "win32":  # pragma: no branch -- never run there
     import fcntl
 
 _SYNCED_AT_ONCE = 1024 * 1024
-"""The number of bytes of a large new file that are written between two syncs.
+"""The number of bytes of a `NewFile`, such as a snapshot, that are written between two syncs.
 
 A sync of the journal also waits for unsynced bytes of other files in the same file system. With
 small steps, a commit does not wait long for the snapshot that is being written.
 """
 
 _APPENDED_AT_ONCE = 4 * 1024 * 1024
-"""The number of bytes of a large record that are written between two syncs.
+"""The number of bytes of a large record or a new journal that are written between two syncs.
 
 One sync of a hundred megabytes would look like a disk that hangs, because `progress` does not grow
 during a sync.
@@ -115,7 +115,7 @@ def write_lock(fd: int, data: bytes) -> None:
 
 
 def reopen(path: str) -> int:
-    """Open a file that this session created, for writing. Return its descriptor."""
+    """Open an existing file for reading and writing. Return its descriptor."""
     with translated("opening", path):
         return open_regular(path, os.O_RDWR)
 
@@ -128,7 +128,7 @@ def open_regular(path: str, flags: int) -> int:
     Therefore `O_NONBLOCK` is used, and the type is checked again.
 
     Raises:
-        OSError: See `os.open`.
+        OSError: See `os.open`. A directory is an error, too.
         UnsupportedError: The path leads to a symbolic link, a FIFO, a socket or a device.
     """
     try:
@@ -253,7 +253,7 @@ class NewFile:
                         unsynced = 0
 
     def finish(self) -> None:
-        """Give the file the owner and mode of the file that it replaces, sync it, and close it."""
+        """Give the file the owner, group, mode and access list of the file that it replaces. Then sync and close the file."""
         with translated("syncing", self.path):
             keep(self._fd, *self._replaced)
             _sync(self._fd)
@@ -319,7 +319,7 @@ def temporary(path: str) -> str:
 
 
 def discard(path: str) -> None:
-    """Delete a temporary file if possible. If this fails, the next start tries again."""
+    """Delete a file if possible. If a temporary file of a state is left, the next start tries again."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
@@ -431,7 +431,11 @@ def _sync_data(fd: int) -> None:
 
 
 def sync_names(path: str) -> None:
-    """Make the names in a directory durable. Raise an `OSError`; EOPNOTSUPP if the file system cannot sync directories."""
+    """Make the names in a directory durable.
+
+    Raises:
+        OSError: The sync failed. The error is EOPNOTSUPP if the file system cannot sync directories.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -452,7 +456,7 @@ def add_to_spool(file: IO[bytes], parts: list[bytes]) -> None:
     """Append to a spool.
 
     Raises:
-        StorageError: The disk is full, or there is no directory for temporary files.
+        StorageError: The file cannot be written. For example, the disk is full, or there is no directory for temporary files.
     """
     with translated("writing a temporary file in", tempfile.tempdir or "TMPDIR"):
         file.writelines(parts)

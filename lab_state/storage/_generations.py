@@ -8,7 +8,7 @@
 `base` names a snapshot by its size and checksum; see `_journal.base_of`. The file name of a journal has the base that is in
 the header of the journal: `none` without a snapshot, and `full` for a journal that starts with the whole state. The first
 revision is that of the snapshot, or of the whole state; with `none` it is 0. `wall` is the recorded time: that of the
-snapshot, or of the header.
+snapshot, or of the header. For a snapshot of another program, it is the modification time of the file.
 
 So the names alone show which files form a generation. The last revision is in no name, because a file that was
 linked early still grows.
@@ -223,7 +223,7 @@ def moment_of_record(record: bytes) -> Moment | None:
 
 
 def revision_of_record(record: bytes) -> int | None:
-    """Return the last revision of a record. Return `None` if it is not a record. The cost does not depend on the size of the record."""
+    """Return the last revision of a record. Return `None` if it is not a record. Only the start of a record of lab_state is read."""
     if (found := _REVISIONS.match(record)) is not None:
         return int(found[1])
     moment = moment_of_record(record)
@@ -240,7 +240,7 @@ def lives(firsts: Collection[Moment], newest: int | None) -> Callable[[Moment], 
     again, or whose reserved member was deleted, begins another life. Only the times show the order of lives.
 
     A generation with revision 0 begins another life if a higher revision has an earlier time, and one of these holds: that
-    time is not before an earlier revision 0, or that revision is above `newest`. Otherwise the clock was set back.
+    time is not before an earlier revision 0, or the higher revision is above `newest`. Otherwise the clock was set back.
 
     Args:
         firsts: The first moments of the generations that are not in use.
@@ -282,7 +282,8 @@ class Span(NamedTuple):
 def holes(spans: Sequence[Span]) -> list[bool]:
     """Return for each generation whether there is a hole before it. A hole consists of revisions that no generation has.
 
-    There is no hole before a generation that begins with the revision after the last revision of the generations before it.
+    There is a hole before a generation if its first revision is more than 1 above the highest revision of the generations before
+    it. A generation with revision 0 begins another life of the state. Generations before that life are not compared.
 
     Args:
         spans: The generations, the oldest first.
@@ -297,7 +298,7 @@ def holes(spans: Sequence[Span]) -> list[bool]:
 
 
 def find_revision(spans: Sequence[Span], revision: int) -> int:
-    """Return the number of the generation that has a revision. If several have it, return the newest one.
+    """Return the index of the generation that has a revision. If several have it, return that of the newest one.
 
     Args:
         spans: The generations, the oldest first. There is at least one.
@@ -317,7 +318,7 @@ def find_revision(spans: Sequence[Span], revision: int) -> int:
 
 
 def find_time(spans: Sequence[Span], wall: int) -> int:
-    """Return the number of the generation with the newest record that is not after a time.
+    """Return the index of the generation with the newest record that is not after a time.
 
     The clock of the writer may have been set back. So a generation is chosen by the times of its first and its last moment.
 

@@ -35,7 +35,7 @@ class FoundState(NamedTuple):
 
     Attributes:
         name: Its name.
-        size: The number of bytes that a start loads.
+        size: The number of bytes of the snapshot, and of the journal or the records after it.
         history: The number of bytes of its history. A file in use that is linked there already is not counted.
         live: Whether a writer has the state open; `None` if it is not known.
         holder: The process that has the state open, for a message; `None` if there is none, or if it is not known.
@@ -97,10 +97,11 @@ class History(Protocol):
     """The generations of the states of a storage."""
 
     async def generations(self, name: str) -> list[FoundGeneration]:
-        """Return the generations that can be read, the oldest first. The one in use is the last.
+        """Return the generations that can be read, the oldest first. The one in use, if there is one, is the last.
 
-        The call takes no lock, and works while a writer has the state open. It reads only the ends of files. If the
-        state in use is damaged, the list has only the others, and may be empty.
+        The call takes no lock, and works while a writer has the state open. It usually reads only the first and the last bytes
+        of each file. If the state in use is damaged, or a newer version of lab_state wrote it, the list has only the older
+        generations, and may be empty.
 
         Raises:
             UnsupportedError: There is neither a state of this name nor a history of it. Or a permission is missing.

@@ -1,6 +1,6 @@
 """Find the files of a state that belong in its history on disk, and link them. The calls block.
 
-A restore copies a file of the history. It does not link the file: an edit of the restored file would change the history, too.
+A restore copies a file of the history. With a link, an edit of the restored file would change the history, too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lab_state.storage._os_errors import storage_error, translated
 _logger = Log(logging.getLogger("lab_state"))
 
 HEAD_BYTES = 4096
-"""The largest number of bytes of the header of a journal, with the start of the next frame. The name of a state is much shorter."""
+"""The number of bytes at the start of a journal that certainly have its header and the start of the next frame."""
 
 _END_BYTES = 64 * 1024
 """The number of bytes at the end of a snapshot that are read first, to find its revision."""
@@ -120,7 +120,9 @@ def present_files(paths: Paths, name: str, base: str, known: lookup.Fingerprint 
 
 
 def first_revision(paths: Paths, base: str) -> int | None:
-    """Return the first revision of the generation in use, whose journal has this base. Return `None` if this revision is only in the journal.
+    """Return the first revision of the generation in use, whose journal has this base. Return `None` if only the journal has this revision.
+
+    Return `None`, too, if the snapshot is missing.
 
     Raises:
         StorageError: The snapshot cannot be read.
@@ -137,7 +139,7 @@ def _present_snapshot(path: str, base: str, known: lookup.Fingerprint | None) ->
     if found is None or known is None or (found != known and not has_bytes(path, found.size, base)):
         return None
     moment = _moment(path, 0, found.size)
-    # A file of another program has no recorded time.
+    # A file of another program has no recorded time. So its modification time is used.
     return Link(path, found, snapshot_file(moment.revision, moment.wall or found.modified // 1_000_000, base))
 
 
@@ -277,7 +279,7 @@ def check_directory(paths: Paths) -> None:
     """Check that files can be linked into the directory of the history, if it is there.
 
     Raises:
-        UnsupportedError: The path is not a directory, or is on another device, or a permission is missing.
+        UnsupportedError: The path is not a directory, or is a mount point, or a permission is missing.
         StorageError: The path cannot be looked up.
     """
     path = paths.history
@@ -302,7 +304,8 @@ def try_link(paths: Paths, tried: set[lookup.Identity], noted: Callable[..., Abs
 
     Raises:
         UnsupportedError: The file system has no hard links, or a permission is missing.
-        StorageError: The link failed for another reason. A full disk is only logged.
+        StorageError: The link failed for another reason. If no file can be created now, for example because the disk is full,
+            this is only logged.
     """
     with translated("looking up", paths.directory):
         found = os.stat(paths.directory)

@@ -79,7 +79,7 @@ class KeptHistory:
         """Check at the start that files can be linked into the history. Count its generations. For `noted`, see `_directory.try_out`.
 
         Raises:
-            UnsupportedError: The file system has no hard links, the directory of the history is on another device, or a
+            UnsupportedError: The file system has no hard links, the history is not a directory or is a mount point, or a
                 permission is missing.
             StorageError: A directory cannot be looked up, or listed.
         """
@@ -90,7 +90,7 @@ class KeptHistory:
     def keep_early(self, base: str, known: lookup.Fingerprint | None) -> None:
         """Link the files that a checkpoint will replace, while commits go on. A journal that is linked still grows.
 
-        The worker for checkpoints calls this.
+        The worker for checkpoints calls this. `keep_rest` calls this, too.
 
         Args:
             base: The present snapshot, by its bytes.

@@ -25,7 +25,7 @@ class KeptFiles:
     """The files that other code has put in the place of the snapshot of one state. They are kept before a rename replaces them.
 
     Attributes:
-        is_unread: Whether the start has not read the snapshot.
+        is_unread: Whether the start has not read the snapshot, and `look` has not checked it.
     """
 
     def __init__(self, path: str) -> None:

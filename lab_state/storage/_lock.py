@@ -359,7 +359,7 @@ def _host() -> str:
 
 
 def _is_running(pid: int) -> bool:
-    """Return whether a process with this pid exists, in this pid namespace or in the namespace that `/proc` shows. They may differ."""
+    """Return whether a process with this pid exists in this pid namespace, or in the namespace that `/proc` shows."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

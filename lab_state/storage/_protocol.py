@@ -26,11 +26,11 @@ class Recovery(NamedTuple):
     """The content of a state when it was opened.
 
     Attributes:
-        snapshot: The bytes of the snapshot; `None` if there has never been one.
+        snapshot: The bytes of the snapshot; `None` if there is none.
         records: The records that were committed after the snapshot, oldest first. Some of them
             may be in the snapshot already.
         unsettled: Whether a crash may still lose the recovered changes. After an unclean end, the
-            files may be only in a cache of the machine. If this is True, the manager makes a
+            files may be only in a cache of the machine. If `unsettled` is True, the manager makes a
             commit at once, even without a new change. This commit makes the recovered changes
             durable.
         dropped_bytes: The size of a torn tail that was dropped; 0 if there was none. Its record
@@ -60,7 +60,7 @@ class Reading(NamedTuple):
     """The content of a state that was read without being opened.
 
     Attributes:
-        snapshot: The bytes of the snapshot; `None` if there has never been one.
+        snapshot: The bytes of the snapshot; `None` if there is none.
         records: The records that were committed after the snapshot, oldest first. Some of them
             may be in the snapshot already.
         durable: The number of these records, counted from the first, that are certainly durable.
@@ -88,7 +88,7 @@ class HistoryFigures(NamedTuple):
     """The history of a state that a session keeps.
 
     Attributes:
-        failures: The number of files that could not be added since the start. Each of them leaves a hole.
+        failures: The number of times since the start that older files could not be added. On disk, a failure leaves a hole.
         generations: The number of generations when they were last counted, without the one in use.
         bytes: The number of bytes of these generations.
     """
@@ -123,7 +123,7 @@ class Forgetter(Protocol):
 
 
 def forget_recovery(session: object) -> None:
-    """Free the memory of the recovery of a session. Sessions of other packages keep theirs until the first checkpoint."""
+    """Free the memory of the recovery of a session. A session without this call keeps the memory until its first checkpoint."""
     if isinstance(session, Forgetter):
         session.forget_recovery()
 
@@ -147,7 +147,7 @@ class StorageSession(Protocol):
         """The snapshot and the records that were found when the state was opened.
 
         After the first checkpoint, the session may drop the snapshot and the records, because they need
-        as much memory as the state; see `Recovery.used`. The manager has decoded them before.
+        as much memory as the state; see `Recovery.used`. The manager has decoded them by then.
         """
         ...
 
@@ -199,7 +199,7 @@ class StorageSession(Protocol):
         Raises:
             StorageError: The outcome is unknown. The manager may commit the changes again,
                 in this record or in another record.
-            FencedError: A newer writer owns the state. Every later commit and checkpoint raises
+            FencedError: A newer writer owns the state, or may own it. Every later commit and checkpoint raises
                 this error too.
         """
         ...
@@ -248,7 +248,7 @@ class SharedSession(StorageSession, Protocol):
     async def hand_over(self) -> bool:
         """Record that everything is durable, so that the next session continues without a commit that settles the state.
 
-        The only call that may follow is `aclose`, or `checkpoint`.
+        After this call, only `checkpoint` and `aclose` may be called.
 
         Returns:
             False if the storage cannot record this now. Then the next session settles the state, unless a checkpoint follows.
@@ -269,8 +269,8 @@ class Storage(Protocol):
             LockedError: Another writer has the state open.
             CorruptionError: The stored data are damaged. They were not changed.
             UnavailableError: The state could not be read this time. Try again.
-            UnsupportedError: The state cannot be read as it is: a permission is missing, or
-                a newer version of lab_state wrote it.
+            UnsupportedError: The state cannot be used as it is. For example, a permission is missing, or
+                a newer version of lab_state wrote the state.
         """
         ...
 
@@ -283,8 +283,8 @@ class Storage(Protocol):
         the call. A state that was opened and never written is empty.
 
         Raises:
-            UnsupportedError: There is no state of this name. Or the state cannot be read as it
-                is: a permission is missing, or a newer version of lab_state wrote it.
+            UnsupportedError: There is no state of this name. Or the state cannot be read as it is. For
+                example, a permission is missing, or a newer version of lab_state wrote the state.
             CorruptionError: The stored data are damaged. They were not changed.
             UnavailableError: The state could not be read this time. Try again.
         """

@@ -52,10 +52,11 @@ def _replaced(sizes: Mapping[HistoryFile, int], in_use: InUse) -> list[StoredGen
 
 
 def _age(one: StoredGeneration) -> tuple[int, bool, int, int]:
-    """Return a sort key, which is smaller for an older generation of one life. Several generations may begin with the same revision.
+    """Return a sort key, which is smaller for an older generation of one life.
 
-    Of these, only the newest one has later records. So a snapshot with a journal is newer than a journal with the whole state, whose
-    checkpoint has written that snapshot, and newer than a snapshot without a journal. The clock may have been set back in between.
+    Several generations may begin with the same revision. Of these, only the newest one has later records. So a snapshot with a
+    journal is newer than a snapshot without a journal. It is also newer than a journal with the whole state, whose checkpoint
+    has written the snapshot. The times alone do not show this, because the clock may have been set back in between.
     """
     is_alone = not one.journals or one.files[0].base == ANY_BASE
     return one.first, not is_alone, one.wall, max((file.wall for file in one.journals), default=0)

@@ -2,7 +2,7 @@
 
 A reader has no lock. It opens the journal, reads the snapshot, and then reads the journal.
 In this order, a reader that sees a new snapshot also sees the frame of the kind `C` that names it.
-So a reading is certain at once if the journal names the snapshot, or does not need one: even if files
+So a reading is certain at once if the journal names the snapshot, or does not need one. It is certain even if files
 were renamed meanwhile. Every other reading may be a mixture of old and new files. Such a reading is
 accepted only if a second reading of the same files has the same result.
 """

@@ -15,7 +15,7 @@ The page `docs/design/disk.md` has the rules, with a reason for each. In short:
   first commit creates a new journal file, with copies of these frames or with the whole
   state.
 
-For each session, one worker makes all calls that use the present journal, one at a time. A call
+For each session, one worker makes all calls that change the present journal, one at a time. A call
 that has begun is completed, even if its caller is cancelled. These calls are methods of `Writer`. A
 second worker writes the snapshot and the next journal. The threads belong to the storage object. So
 other code that uses the default executor of the event loop cannot delay a write.
@@ -93,9 +93,10 @@ class FileStorage:
                 `UnsupportedError` if there is neither a snapshot nor a journal, and creates
                 nothing. Use `False` for a volume that is sometimes not mounted.
             history: The time for which older snapshots and journals are kept, in seconds or as
-                a `timedelta`. The state at each moment of this time can be read or restored. The
-                files are in `<name>.history/`, with mode 0700. They are hard links, so they must be in
-                the same file system as the directory. With `None`, no older files are kept, and
+                a `timedelta`. The state at each moment of this time can be read or restored, unless
+                the moment is in a hole of the history, or `history_bytes` was reached. The files are
+                in `<name>.history/`, with mode 0700. They are hard links, so they must be in the same
+                file system as the directory. With `None`, no older files are kept, and
                 existing ones are not deleted.
             history_bytes: The largest total size of these files, in bytes; `None` for no limit. If
                 they are larger, the oldest ones are deleted after a checkpoint, at most two
@@ -408,7 +409,7 @@ class FileSession:
 
     async def aclose(self) -> None:
         """Wait for both workers. Then release the lock; see `StorageSession.aclose`."""
-        self._writer.lock.check_process()  # in a forked child there are no threads to close it
+        self._writer.lock.check_process()  # in a forked child, no thread can close the session
         if self._closing is None:
             # `_close` runs after all queued calls of the second worker, and `_let_go` after all queued calls of the first
             # one. Both run even if this caller is cancelled.

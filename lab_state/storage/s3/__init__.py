@@ -145,12 +145,13 @@ class S3Storage:
         A cancelled call leaves nothing open.
 
         Raises:
-            LockedError: A manager in this process has the state open.
+            LockedError: A manager or another call of this process has the state open.
             CorruptionError: The stored data are damaged. They were not changed.
             UnavailableError: For half a minute, requests failed, or other writers opened the state
                 at the same time. Try again.
-            UnsupportedError: The extra cannot be imported, the store ignores conditions, the
-                bucket is missing, or a permission is missing. The message says which.
+            UnsupportedError: A repetition does not help. For example, the extra cannot be imported,
+                the store ignores conditions, the bucket is missing, or a permission is missing. The
+                message has the cause.
         """
         return await self._opened(name, self._open_session)
 
@@ -164,8 +165,9 @@ class S3Storage:
             CorruptionError: The stored data are damaged, or a record is missing.
             UnavailableError: For half a minute, requests failed, or the state was replaced faster
                 than it could be read. Try again.
-            UnsupportedError: There is no state of this name, the extra cannot be imported, the
-                bucket is missing, or a permission is missing. The message says which.
+            UnsupportedError: A repetition does not help. For example, there is no state of this
+                name, the extra cannot be imported, the bucket is missing, or a permission is
+                missing. The message has the cause.
         """
         return await self._run(name, _read_objects)
 

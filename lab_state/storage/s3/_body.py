@@ -42,7 +42,7 @@ def _base64(digest: hashlib._Hash) -> str:
 class Spool:
     """The bytes of a snapshot before they are sent. They are in memory, or in a temporary file if there are many.
 
-    Only a thread of the session writes and reads the file. It writes a megabyte at a time, and reads 64 KiB at a time.
+    Only a thread of the session writes and reads the file. About a megabyte is written at a time, and 64 KiB are read at a time.
     """
 
     def __init__(self, thread: S3Threads) -> None:

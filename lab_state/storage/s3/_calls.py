@@ -29,7 +29,7 @@ C = TypeVar("C", bound=Closeable)
 
 
 class Run(Protocol):
-    """A function that calls another one with new connections to the store, and with the names of a state."""
+    """A function that calls another function with new connections to the store, and with the names of a state."""
 
     async def __call__(self, name: str, work: Callable[[Requests, Names], Awaitable[R]], /) -> R: ...
 

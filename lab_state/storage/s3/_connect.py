@@ -1,6 +1,6 @@
 """The client of an object store: its settings, and its creation without blocking the event loop.
 
-Only this module imports aiobotocore. The module is imported when a state is opened or read.
+Only this module imports aiobotocore. The module is imported before the first request to a store.
 """
 
 # aiobotocore and botocore have no types.

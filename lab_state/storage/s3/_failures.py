@@ -38,7 +38,7 @@ FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSErr
 
 
 def failure_of(error: Exception) -> Failure:
-    """Return the meaning of an exception of the client. The result does not contain the request and the address, which may be secret."""
+    """Return the meaning of an exception of the client. The result contains neither the request nor the address, because they may be secret."""
     if isinstance(error, ClientError):
         response: dict[str, Any] = error.response
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

@@ -111,7 +111,7 @@ async def begin_in_use(store: Requests, names: Names, present: ObjectInfo | None
     """Return the beginning of the generation in use, and the sizes of its records and fences, by number.
 
     Raises:
-        CorruptionError: The generation is damaged, or the state was removed.
+        CorruptionError: The generation is damaged, or its snapshot was deleted meanwhile.
     """
     if present is None:
         return Begin(None, 0, Moment(0, 0), 0), await numbers(store, names, 0)

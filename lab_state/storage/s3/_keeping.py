@@ -6,7 +6,7 @@ after the missing snapshot belong to the generation before it.
 
 A session does not copy each snapshot, because the last copy and the records after it have the same moments. The session copies the
 snapshot that it has found at its start. Later it copies a snapshot that it has written, if there are many records since the last
-copy, or if these records have more bytes than the snapshot.
+copy, or if these records have at least 1 MiB, and at least as many bytes as the snapshot.
 
 The store makes the copy, on the condition that the snapshot still has its ETag. Without this condition, a request that arrives
 late would replace a copy by another snapshot. Before the first copy, a test shows whether the store honours the condition. If
@@ -188,7 +188,7 @@ class Keeper:
             Whether something was deleted.
 
         Raises:
-            StorageError: Some of these generations may still exist. The next call deletes them.
+            StorageError: Some of these generations may still exist. A later call deletes them.
         """
         kept = await self._listed()
         await self._count(covered)
@@ -242,7 +242,7 @@ class Keeper:
         return False
 
     async def _page(self, start: int, end: int) -> tuple[dict[int, int], int]:
-        """Return the sizes of some records and fences above `start`, up to `end`. Also return the number at which the next page starts."""
+        """Return the sizes of some records and fences above `start`, up to `end`. Also return the number after which the next page starts."""
         page, more = await self._store.page(self._names.journal, self._names.record(start))
         sizes = {number: size for key, size in page.items() if (number := self._names.number(key)) is not None}
         last = max(sizes, default=end)  # keys that come after all numbers are not records

@@ -58,7 +58,7 @@ class Loaded(NamedTuple):
         snapshot_bytes: The size of the snapshot, in bytes.
         base: The snapshot that the next record follows; see `BASE`.
         covered: The number of the last record that the snapshot covers.
-        last: The highest number of a record or a fence above `covered`; otherwise `covered`.
+        last: The highest number of a record or a fence above `covered`; `covered` if there is none.
         records: The sizes of the records above `covered`, by number.
         recovery: The bytes of the snapshot and the records.
         kept: The number up to which the records belong to the history; `None` if it is not known.

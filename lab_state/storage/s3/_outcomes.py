@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Failure(NamedTuple):
-    """An answer that is not a success.
+    """An answer that is not a success, or no answer.
 
     Attributes:
         status: The HTTP status; 0 if no answer came.
@@ -187,7 +187,7 @@ def after_look(answer: Verdict, found: ObjectInfo | None, write_id: str, if_matc
         return Next.REPEAT
     if found is None:
         # If the condition had no ETag, an object at this key caused the refusal. This object was deleted since then. It was
-        # not a fence, because fences are never deleted. A record is deleted only after a snapshot that covers its number.
+        # not a fence, because a writer never deletes a fence. A record is deleted only after a snapshot that covers its number.
         # So the deleted object was ours.
         return Next.REPEAT if if_match is None else Next.GONE
     if if_match is not None and if_match != unquoted(if_match) and unquoted(found.etag) == unquoted(if_match):

@@ -6,9 +6,9 @@
 * A checkpoint takes a view, and notes the number of the last record that the view covers. It
   spools the new snapshot, and replaces the old snapshot. Then it deletes the records that
   the new snapshot covers. With a history, it deletes only the oldest generations instead.
-  Fences are never deleted.
-* A session that finds the fence or the snapshot of a newer writer is deposed. A session that finds
-  a snapshot from another program is deposed, too. From then on, each write raises `FencedError`.
+  It never deletes a fence.
+* A session is fenced if it finds the fence or the snapshot of a newer writer. It is also fenced if it
+  finds a snapshot from another program. From then on, each write raises `FencedError`.
 
 Each PUT runs in a separate task, which continues if the caller is cancelled. A commit waits for
 the task of the previous commit, and a checkpoint waits for the task of the previous checkpoint.
@@ -100,7 +100,7 @@ class S3Session:
 
     @property
     def history(self) -> HistoryFigures | None:
-        """The figures of the history, as the last checkpoint found it; `None` if the session keeps none."""
+        """The figures of the history after the last checkpoint; `None` if the session keeps no history."""
         return None if self._keeper is None else self._keeper.figures
 
     @property
@@ -194,7 +194,7 @@ class S3Session:
 
     async def _publish(self, body: Body, stamp: Stamp, spool: Spool) -> None:
         try:
-            # If there are no records between the old snapshot and the new one, both are equal.
+            # If there are no records between the old snapshot and the new one, both have the same state.
             if self._keeper is not None and self._etag is not None and stamp.seq > self._covered:
                 await self._keeper.keep(self._etag, self._covered, self.snapshot_bytes)
             covered = await self._replace(body, stamp)
