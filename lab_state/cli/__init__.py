@@ -1,6 +1,6 @@
 """The command `lab-state`: it reads, changes and checks states from a shell.
 
-`main` is the entry point. `_app` has the group of the subcommands. Modules for one or two subcommands are beside it.
+`main` is the entry point. `_app` defines the subcommands, with their arguments and help. Other modules of this folder do their work.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Exit codes:
 """
 
 HAS_MOMENT = frozenset({"get", "keys", "dump", "stats", "verify"})
-"""The names of the subcommands that read a state as it was at a moment."""
+"""The names of the subcommands that the option `--at` of the command applies to."""
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -39,7 +39,7 @@ create_option = click.option("--create", is_flag=True, help="Create the state if
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:  # noqa: FBT001 -- click calls it so
     if value:
-        # Both this module and the package are in the top layer, so no import statement may name the package. It is imported already.
+        # This module and the package are in the same layer, so no import statement may name the package. The package is imported already.
         click.echo(f"{PROGRAM} {importlib.import_module('lab_state').__version__}")
         ctx.exit()
 
@@ -70,7 +70,7 @@ def cli(ctx: click.Context, /, at: str | None) -> None:
 
 
 def subcommand(example: str, *, name: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
-    """Return the decorator of a subcommand. Its help ends with an example."""
+    """Return the decorator of a subcommand. The help of the subcommand ends with an example."""
     return cli.command(name, epilog=f"\b\nExample:\n  {example}")
 
 
@@ -91,7 +91,7 @@ def run() -> None:
         sys.exit(INTERRUPTED)
     except Stop as stop:
         _end(stop)
-    except OSError as error:  # from printing the help: a subcommand ends with `Stop`
+    except OSError as error:  # the help cannot be written; an `OSError` of a subcommand has become a `Stop`
         _end(unwritten(error))
 
 
@@ -188,7 +188,10 @@ def watch(state: Target, prefix: str, **options: Any) -> None:
 @click.option("--since", metavar="WHEN", help="Begin after this moment; for the forms, see lab-state --help.")
 @nl_option
 def tail(state: Target, prefix: str, **options: Any) -> None:
-    """Print the changes that are stored one by one, with their times: those since the last checkpoint."""
+    """Print the changes that are stored one by one, with their times.
+
+    These are the changes since the last checkpoint. With --since, changes in the history are printed, too.
+    """
     asynchronous(_watch.tail)(state, prefix, **options)
 
 

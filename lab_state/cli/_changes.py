@@ -23,7 +23,7 @@ class Change(NamedTuple):
         kind: `set`, `delete`, or `clear` for the deletion of all keys. A key that expired has `delete`.
         key: The key; empty for `clear`.
         value: The JSON of the new value; `None` unless the kind is `set`.
-        expires: The expiry, in milliseconds since 1970.
+        expires: The expiry, in milliseconds since 1970; `None` if the value has no expiry.
         revision: The revision of the state with the change. Changes of one commit have the same revision.
         wall: The time of the commit on the wall clock of the writer, in milliseconds since 1970; 0 if it is not known.
     """
@@ -46,7 +46,7 @@ class Change(NamedTuple):
 
 
 def of_record(record: Record, prefix: str = "") -> Iterator[Change]:
-    """Yield the changes of a record to the keys with a prefix. A `clear` comes first, with each prefix."""
+    """Yield the changes of a record to the keys with a prefix. A `clear` is yielded first, for any prefix."""
     revision, wall = record.end, record.wall
     if record.clear:
         yield Change("clear", "", None, None, revision, wall)

@@ -1,7 +1,7 @@
 """A client of a running shared state, without a copy of the state. Each call is sent to the owner.
 
 The client is a process of the shared state, but it applies no record. So it starts at once, however
-large the state is. A call is numbered. If the owner ends without an answer, the client connects to the next owner, and
+large the state is. Each call has a number. If the owner ends without an answer, the client connects to the next owner, and
 sends the call once more with the same number and id. The next owner finds the result in its table, or executes the
 call. So the call is made once, or not at all.
 """
@@ -76,11 +76,14 @@ class Client:
         return self._epoch + self._clock.monotonic()
 
     async def connect(self) -> bool:
-        """Connect to the owner. Return whether there is one: a process that shares the state, and answers.
+        """Connect to the owner. Return whether it has admitted this client.
+
+        Return False if no process accepts the connection. Return False, too, if the owner may have forgotten this client since the
+        last connection.
 
         Raises:
-            UnsupportedError: The owner does not admit this client, or another program answers.
-            UnavailableError: The owner gave no sign of life.
+            UnsupportedError: The owner refuses this client, or another program answers. Or a permission is missing.
+            UnavailableError: The owner gave no sign of life for 10 s. Or the process has too many open files.
         """
         heard = None if self._connection is None else self._connection.link.heard
         own = await self._files.connect(self._name)
@@ -110,8 +113,9 @@ class Client:
     async def may_appear(self) -> bool:
         """Return whether an owner may listen soon. Call this after each attempt to connect.
 
-        It is false if the lock file has named the same process in several attempts, and that process does not share the
-        state on this machine. One attempt is not enough: a process takes the lock first, and announces after it that it shares the state.
+        The answer is False if the lock file has named the same process in several attempts, and that process does not share the
+        state on this machine. One attempt is not enough: a process takes the lock first, and only then writes to the lock file
+        that it shares the state.
         """
         holder = await self._files.holder(self._name)
         if holder is not None:
@@ -132,7 +136,7 @@ class Client:
         self.revision = max(self.revision, revision)
 
     def record(self, record: memoryview) -> None:
-        """Pass a record on."""
+        """Pass a record to `on_record`."""
         self._on_record(record)
 
     @property
@@ -242,7 +246,10 @@ class Client:
             await asyncio.wait(futures, timeout=PATIENCE - silent, return_when=asyncio.FIRST_COMPLETED)
 
     def watch(self, on_end: Callable[[], object]) -> None:
-        """Ask the owner to delete each key when it expires, and not up to a second later. Call `on_end` when the connection has ended."""
+        """Ask the owner to delete each key at its expiry. Otherwise the owner may delete the key up to a second later.
+
+        `on_end` is called when the connection has ended.
+        """
         assert self._connection is not None
         self._connection.link.watch(are_watched=True)
         self._connection.over.add_done_callback(lambda _: on_end())
@@ -275,7 +282,7 @@ class _Connection:
 
     @property
     def acknowledgement(self) -> int:
-        """See `ClientSide`."""
+        """The number up to which the client needs no answer; see `ClientSide`."""
         return self._client.acknowledgement
 
     def calls_to_send(self) -> Iterable[bytes | memoryview]:
@@ -296,7 +303,7 @@ class _Connection:
         self._fail(f"the owner of the state {self._name!r} does not admit this process: {no.detail}")
 
     def record(self, record: memoryview) -> Awaitable[None] | None:
-        """Pass the record on."""
+        """Pass the record to the client."""
         self._client.record(record)
         return None
 
@@ -314,7 +321,7 @@ class _Connection:
         self._client.named(revision)
 
     def farewell_confirmed(self) -> None:
-        """Do nothing: `ended` follows."""
+        """Do nothing, because `ended` is called next."""
 
     def ended(self, problem: BadMessageError | None) -> None:
         """Note the end of the connection."""

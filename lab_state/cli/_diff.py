@@ -24,7 +24,7 @@ Entry: TypeAlias = Stored | Literal[Absent.MISSING]
 
 
 class Difference(NamedTuple):
-    """A key with different entries, or without one."""
+    """A key whose entries before and after differ. A missing entry is `MISSING`."""
 
     key: str
     before: Entry
@@ -32,12 +32,12 @@ class Difference(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The word for the difference."""
+        """The kind of the difference: `added`, `removed` or `changed`."""
         return "added" if self.before is MISSING else "removed" if self.after is MISSING else "changed"
 
 
 def differences(before: dict[str, Stored], after: dict[str, Stored]) -> Iterator[Difference]:
-    """Yield the keys with different values or expiry times, in order."""
+    """Yield the keys with different values or expiry times, and the keys that only one of the states has, in order."""
     keys = [key for key, stored in before.items() if not _is_same(stored, after.get(key, MISSING))]
     keys += [key for key in after if key not in before]
     for key in sorted(keys):

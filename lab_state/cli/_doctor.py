@@ -1,4 +1,4 @@
-"""The subcommand `doctor`: a report on what a state needs to work. Nothing of the state is changed."""
+"""The subcommand `doctor`: a report on what a state needs to work. The state is not changed. In a bucket, the probe is written."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def no_key(key: str, state: object) -> Stop:
 
 
 def message_of(error: Exception) -> str:
-    """Return the message of an error. In place of the call that restores a damaged state, it has the subcommand."""
+    """Return the message of an error. In place of the call that restores a damaged state, the message has the subcommand."""
     text = str(error)
     found = _RESTORE.search(text)
     if found is None or not isinstance(error, CorruptionError):
@@ -67,7 +67,7 @@ def code_of(error: LabStateError | ValueError | ImportError) -> int:
     """Return the exit code for an error.
 
     A `ValueError` is about an argument. An `ImportError` means that the argument needs an extra which is not installed. A path
-    through a file is a wrong argument. So they get the code of a usage error.
+    through a file is a wrong argument. So these three get the code of a usage error.
     """
     if is_missing(error) or isinstance(error, MigrationError | SchemaError):
         return NOT_FOUND

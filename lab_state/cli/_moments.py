@@ -103,7 +103,7 @@ def _milliseconds(seconds: float | None) -> int | None:
 
 
 async def readings(storage: Storage, name: str, since: int | datetime | None) -> AsyncIterator[Reading]:
-    """Yield the generations of a state that have changes after a moment, the oldest first. Without a moment, yield all."""
+    """Yield the generations of a state that have changes after a moment, and the one in use, the oldest first. Without a moment, yield all."""
     past = history_of(storage)
     for one in await generations(past, name):
         last = one.span.last

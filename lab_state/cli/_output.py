@@ -137,7 +137,7 @@ def note(text: str) -> None:
 
 
 def drop(stream: TextIO) -> None:
-    """Drop the text that a stream still holds. Otherwise it would be written at the end of the interpreter, which may fail again, or wait."""
+    """Drop the text that a stream still holds. Otherwise the interpreter would write the text at its end. This may fail again, or block."""
     null = fs.open_null(os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

@@ -77,7 +77,7 @@ def count(entries: dict[str, Stored], now: int, top: int) -> Counts:
 async def stats(output: Output, state: Target, at: str | None, *, top: int, json: bool) -> None:
     """Print the figures of a state."""
     view = await read(state, at)
-    found = count(entries_of(view), view._core.state.now(), top)  # noqa: SLF001 -- the time of the view
+    found = count(entries_of(view), view._core.state.now(), top)  # noqa: SLF001 -- a view has no public call for its time
     if json:
         output.one(
             **described(view),

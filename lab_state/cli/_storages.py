@@ -97,7 +97,7 @@ def moment(at: str | None) -> dict[str, Any]:
 
 
 def entries_of(view: StateView) -> dict[str, Stored]:
-    """Return the entries of a view. Nothing may change them, and the reading calls of the view must not be used before this call."""
+    """Return the entries of a view. The caller must not change them, and must not use the reading calls of the view before this call."""
     entries = view._core.state.entries  # noqa: SLF001 -- a million calls of `get` would take seconds
     assert isinstance(entries, dict)
     return entries
@@ -110,7 +110,7 @@ def json_of(stored: Stored) -> bytes:
 
 
 def raw_of(stored: Stored) -> bytes:
-    """Return the JSON of an entry, in one line. In the file of another program it may have several lines."""
+    """Return the JSON of an entry, in one line. The JSON that another program has written may have several lines."""
     data = json_of(stored)
     return data if b"\n" not in data and b"\r" not in data else msgspec.json.format(data, indent=-1)
 

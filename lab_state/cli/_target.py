@@ -79,7 +79,7 @@ def parse_state(text: str) -> Target:
 
 
 def split_moment(text: str) -> tuple[str, str | None]:
-    """Return the STATE and the WHEN of `STATE@WHEN`. Without an `@` in its last part, the WHEN is `None`."""
+    """Return the STATE and the WHEN of `STATE@WHEN`. Without an `@` after the last slash, the WHEN is `None`."""
     head, slash, last = text.rpartition("/")
     name, at, when = last.partition("@")
     return f"{head}{slash}{name}", when if at else None

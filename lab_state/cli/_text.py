@@ -59,7 +59,7 @@ def _escape(char: str) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, which is in the singular: `1 key`, `2 keys`."""
+    """Return a number with a noun: `1 key`, `2 keys`. The argument `noun` is in the singular."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

@@ -96,7 +96,7 @@ class _Line(msgspec.Struct, gc=False):
 
 
 async def dump(output: Output, state: Target, prefix: str, at: str | None, *, nl: bool) -> None:
-    """Print the whole state: one object, or a line for each key."""
+    """Print the keys with a prefix and their values: one object, or a line for each key."""
     view = await read(state, at)
     entries = entries_of(view)
     keys = sorted(key for key in entries if key.startswith(prefix)) if prefix else sorted(entries)

@@ -107,11 +107,11 @@ async def _fill(storage: Storage, name: str, printer: _Printer, last: int, until
 
 
 async def _poll(storage: Storage, state: Target, printer: _Printer, last: int | None) -> None:
-    """Print the changes that the files show, each `EVERY` seconds."""
+    """Print the changes that the files show, every `EVERY` seconds; for a bucket, every `EVERY_IN_A_BUCKET` seconds."""
     seen = _fingerprint(storage, state)
     now = (await load(state.name, storage)).state
     if last is not None:
-        # This must come after the reading of the state. Otherwise a change between the two readings would not be printed.
+        # Fill only after the reading of the state. Otherwise a change between the two readings would not be printed.
         await _fill(storage, state.name, printer, last, now.revision)
     else:
         what = "objects" if state.place.bucket else "files"

@@ -86,7 +86,7 @@ async def writer(target: Target, *, create: bool = False, depose: bool = False) 
         depose: Whether to open a state in a bucket, although a process may have it open.
 
     Raises:
-        Stop: The state is in a bucket, and `depose` is False.
+        Stop: The state is in a bucket, and `depose` is False. Or there is no state, and `create` is False.
         LockedError: A process that does not share the state has it open.
         LabStateError: The state cannot be opened, or a change could not be written.
     """
@@ -120,7 +120,7 @@ async def _flush(manager: Manager) -> None:
     except StorageError as error:
         flusher = manager._running  # noqa: SLF001 -- only a stop is public
         assert isinstance(flusher, Flusher)
-        # The error that is raised has a note on the next flush.
+        # The raised error has a note that the next flush tries again. This is not so here, so the note is replaced.
         reason = flusher.last_error or error
         await flusher.abort().aclose()
         with contextlib.suppress(StorageError):
@@ -149,7 +149,7 @@ async def _is_shared(client: Client | None, manager: Manager, target: Target) ->
 
 
 async def _start(manager: Manager, target: Target) -> None:
-    """Start the manager. If there is no state, name the option of the command in place of that of `FileStorage`.
+    """Start the manager. If there is no state, the error names the option `--create`, and not the argument of `FileStorage`.
 
     Raises:
         Stop: There is no state.
