@@ -48,7 +48,7 @@ def to_prune(kept: Sequence[Held], in_use: int, limits: Limits, now: int, added:
             recorded.
         limits: The limits of the history.
         now: The time of the wall clock, in milliseconds since 1970.
-        added: The number of generations that were added since generations were last deleted.
+        added: The number of generations that were added since the last call.
     """
     since = now - limits.length
     walls = [*(generation.wall for generation in kept), in_use]

@@ -173,7 +173,7 @@ class StorageSession(Protocol):
         The number grows while `commit` and `checkpoint` run. During a large write, it grows at
         least once for every few MiB. A storage that syncs must sync as often, because the number
         does not grow during a sync. The number never decreases. Bytes that are sent again need
-        not be counted. The event loop may read the number at any time, even after `aclose`.
+        not be counted. Other progress may be counted, too. The event loop may read the number at any time, even after `aclose`.
 
         `stop()` gives up when the number has not changed for `Config.stop_timeout` seconds.
         So `stop()` can distinguish a slow storage from a storage that hangs.
