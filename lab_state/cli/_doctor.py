@@ -113,7 +113,9 @@ async def _socket(storage: FileStorage, state: Target, directory: str) -> Line:
     finally:
         await client.aclose()
     return Line(
-        "socket", False, "no process answers: it is left from a process that was killed, and the next start replaces it"
+        "socket",
+        False,
+        "no process answers: the file is left from a process that was killed, and the next start replaces it",
     )
 
 
@@ -180,7 +182,10 @@ def _leftovers(directory: str, name: str) -> Iterator[Line]:
         for mark, text in (
             (".replaced-", "another program had put this file in the place of the state; look at it, and delete it"),
             (".torn-", "the torn end of a journal; you may delete it"),
-            (".damaged-", "the files before a repair; delete them when they are no longer needed"),
+            (
+                ".damaged-",
+                "damaged files that a repair or a restore has kept; delete them when they are no longer needed",
+            ),
         ):
             if mark in entry:
                 yield Line(entry, mark == ".torn-", text)
