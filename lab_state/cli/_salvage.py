@@ -117,7 +117,7 @@ def _frames(data: bytes, name: str, lost: list[str]) -> tuple[str, list[FoundFra
 
 
 def _replayed(state: LoadedState, records: list[bytes], strange: list[bytes], lost: list[str]) -> Salvaged:
-    """Apply each of `records`, unless changes before it are missing. List the others, and those in `strange`, which follow another snapshot."""
+    """Apply each of `records`, unless changes before it are missing. Add the others to `lost`, and those in `strange`, which follow another snapshot."""
     highest = state.revision
     for data, is_strange in chain(zip(records, repeat(False)), zip(strange, repeat(True))):
         try:

@@ -59,7 +59,7 @@ def read_files(
                 before, older = look, before
                 if older is not None:
                     older.close()
-            # Two readings are always made, because one reading of a large file on a slow disk may take longer than 5 s.
+            # The call never gives up after one reading, because one reading of a large file on a slow disk may take longer than 5 s.
             if monotonic() >= end and not is_first:
                 break
             is_first = False

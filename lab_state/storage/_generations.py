@@ -103,7 +103,7 @@ class StoredGeneration(NamedTuple):
     Attributes:
         snapshot: The snapshot; `None` if the journal needs none.
         journals: The journals that follow the snapshot, the oldest first. Usually there is one. If there are several, each of
-            them begins with copies of the records of the one before, and the longest one has all records.
+            them begins with copies of the records of the journal before it, and the longest journal has all records.
     """
 
     snapshot: HistoryFile | None
@@ -166,7 +166,7 @@ class Moment(NamedTuple):
 
 
 class _Member(msgspec.Struct, frozen=True):
-    """The reserved member of a snapshot. Other members of it are ignored."""
+    """The reserved member of a snapshot. Its other members are ignored."""
 
     format: int
     revision: int
@@ -198,8 +198,8 @@ def moment_of_snapshot(end: bytes) -> Moment | None:
     if not end.endswith(b"}"):
         end = end.rstrip()
     while (at := end.rfind(_MEMBER, 0, at)) >= 0:
-        # The results of calls, after the name of the member, may contain a value with the same text. Only the member itself
-        # ends just before the last brace.
+        # A result of a call, which is inside the member, may contain the same text as the name of the member. Only after the
+        # real name is the text up to the last brace one JSON object.
         if (found := _member(end[at + len(_MEMBER) : -1])) is not None:
             # A person who edits a snapshot deletes its checksum, and the edit is the next revision; see `_codec.check_member`.
             return Moment(found.revision + (found.crc32 is None), found.wall)

@@ -46,7 +46,7 @@ _END_BYTES = 64 * 1024
 """The number of bytes at the end of a snapshot that are read first, to find its revision."""
 
 _PLAIN_END = re.compile(rb',"wall":(\d{1,19})(?:,"[a-z_]+":(?:\d+|true))*,"crc32":"[0-9a-f]{8}"\}\}\Z')
-"""The end of a snapshot without results of calls. Before it, only the times of keys can follow the head of the reserved member."""
+"""The end of a snapshot without results of calls. Only expiry times can be between the head of the reserved member and this end."""
 
 _MEMBER = b'"$lab_state":{'
 """The start of the reserved member. No key in a file contains this text: a quotation mark in a key has a backslash before it."""
@@ -178,7 +178,7 @@ def _revision_in_history(paths: Paths, base: str) -> int | None:
 
 
 def _names(paths: Paths, name: str, base: str) -> bool:
-    """Return whether a checkpoint frame of the journal names a snapshot."""
+    """Return whether the journal names the snapshot with this base."""
     return journal.scan(fs.read(paths.journal) or b"", name, paths.journal).names(base)
 
 

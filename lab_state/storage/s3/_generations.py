@@ -94,7 +94,7 @@ async def _first_numbers(store: Requests, names: Names) -> dict[str, int]:
 
 
 async def _in_use(store: Requests, names: Names, present: ObjectInfo | None, *, has_older: bool) -> _InUse | None:
-    """Return the generation in use; `None` if there is none, or if it is damaged, as far as its ends show."""
+    """Return the generation in use; `None` if there is none, or if its list of objects, its first record or its last record shows damage."""
     try:
         begin, listed = await begin_in_use(store, names, present)
         lost = gap(listed, begin.seq, None, names) is not None

@@ -61,7 +61,7 @@ async def read_pieces(store: Requests, names: Names, fence: int | None = None) -
 def _covered(found: ObjectInfo, data: bytes) -> int | None:
     """Return the number of the last record that a snapshot covers; `None` if it is not known.
 
-    If metadata and body differ, return the lower one. A record that the snapshot has already is left out by its revision.
+    If metadata and body have different numbers, return the lower one. A record that the snapshot has already is left out by its revision.
     """
     stamps = [stamp_at_end(data)]
     with contextlib.suppress(CorruptionError):
