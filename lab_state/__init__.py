@@ -62,7 +62,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "MirrorStatus",
     "Status",
     "Timer",
-    # handles and what their calls return
+    # handles, and the results of their calls
     "Blocking",
     "BlockingEntry",
     "Change",
@@ -75,7 +75,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "MigrationDraft",
     "Misfit",
     "Schema",
-    # storages and calls that read them
+    # storages, and the calls that use a storage without a manager
     "FileStorage",
     "Generation",
     "MemoryStorage",

@@ -30,7 +30,7 @@ def told_of_commits(watchers: Watchers, mirror: MirrorWriter | None) -> Callable
 
 
 def run_alone(core: Core, flusher: Flusher, watchers: Watchers, mirror: MirrorWriter | None, clock: Clock) -> Sweeper:
-    """Start the flusher of a loaded state, its sweeper and its mirror. If this raises an error, none of them runs.
+    """Start the flusher of a loaded state, its sweeper and its mirror. If the call raises an error, none of them runs.
 
     None of these objects refers to the manager. So a manager that was never stopped can be collected.
     """

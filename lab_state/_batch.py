@@ -26,7 +26,7 @@ from lab_state._state import WATCHED_CLEAR, State
 T = TypeVar("T")
 
 MANY = 1_000
-"""A call with this many keys or more works in steps. With fewer keys, the event loop does not run during the call."""
+"""A call with this many keys or more works in steps. A batch of fewer changes is prepared in one step."""
 
 STEP = 500
 """The largest number of keys that one step prepares. Such a step takes about 0.2 ms, and four times as long if the keys expire."""

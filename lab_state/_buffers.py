@@ -1,8 +1,8 @@
 """Join parts into large `bytes` objects without blocking other threads for long.
 
 `b"".join` of a hundred megabytes blocks every thread during the copy. A `BytesIO` grows part by
-part. On Linux, a large one mostly grows by moving pages of memory, without copying bytes. In CPython, its
-`getvalue` returns the buffer without a copy.
+part. On Linux, a large `BytesIO` mostly grows by moving pages of memory, without copying bytes. In CPython,
+`BytesIO.getvalue` returns the buffer without a copy.
 """
 
 from __future__ import annotations

@@ -170,7 +170,8 @@ class Pauses:
 
     Attributes:
         failures: The number of attempts that failed since the last success.
-        until: The end of the last pause, in seconds of `monotonic`; 0 if there was none since the last success.
+        until: The end of the last pause, in seconds of `monotonic`; 0 if there was none since the last success, and
+            infinity after `never_end`.
     """
 
     def __init__(self, clock: Clock, first: float, longest: float) -> None:

@@ -126,9 +126,9 @@ decode_record = msgspec.json.Decoder(Record).decode
 def encode_small_record(taken: ChangeSet, calls: RecordCalls | None = None) -> bytes | None:
     """Return the record of a commit that only stores a few small values; otherwise `None`.
 
-    The result is `None` if there are more than 500 changes, or more than about 64 KiB of values. It is also `None` if a key
-    was deleted without `clear`, or if any key of the state expires. `calls` has the results of calls of other processes,
-    if there are any.
+    The result is `None` if there are more than 500 changes, or more than about 64 KiB of values. It is also `None` if
+    the changes delete single keys or have a loaded value, or if any key of the state expires. `calls` has the results
+    of calls of other processes, if there are any.
     """
     if taken.time or not (values := _encode_small(taken.changes)):
         return None

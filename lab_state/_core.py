@@ -49,7 +49,7 @@ class Port(Protocol):
             key: The key.
             delta: The number to add.
             default: The number to start from if the key is missing.
-            kind: The name of the type that both numbers must have.
+            kind: The name of the type that the stored number and the new number must have.
             ttl: The time to live of a new key.
             prefix: The prefix of the handle on which the call was made. An error names the key without this prefix.
         """
@@ -78,7 +78,8 @@ class Port(Protocol):
             is_repeated: Whether the caller repeats the transaction after a conflict, and passes its `seed`.
 
         Raises:
-            ConflictError: Something that the transaction has read was changed. The transaction changed nothing.
+            ConflictError: A key or a prefix that the transaction has read was changed meanwhile. The transaction
+                changed nothing.
         """
         ...
 

@@ -1,7 +1,7 @@
 """A flush before the end of `flush_interval`, if many bytes are not flushed.
 
 While there are unflushed changes, a timer estimates their size 16 times a second. So `set` does not
-have to count bytes. `Flusher` uses this only if `flush_interval` is longer than 1/16 s.
+have to count bytes. `Flusher` makes an `EarlyFlush` only if `flush_interval` is longer than 1/16 s.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ decoder finds exactly as many values. A copy that follows an owner may contain i
 Value: TypeAlias = str | int | float | bool | Json | Raw | None
 """A scalar, or the JSON of a value.
 
-The JSON is a `Json` if the value was set, and a `Raw` if the value was loaded. A `Raw` is a view of
+The JSON is a `Json` if the value was set, and a `Raw` if the value was loaded. A `Raw` is a part of
 the loaded buffer. A `Raw` has exactly one value as well, because the parser has found where the value ends.
 A loaded scalar is a `Raw`, too. A read may replace it by the scalar, and a checkpoint may replace a
 `Raw` by a `Json`.

@@ -9,8 +9,8 @@ Both functions are injective: different texts never have the same result. The pr
   result that was cut. Each has an escape character without two hexadecimal digits after it. No
   escaped text has such an escape character.
 * Two results that were cut differ in their SHA-256, because no two texts with the same SHA-256 are known.
-* The text `$lab_state` is reserved as a key, and becomes `%24lab_state`. No other text becomes this,
-  because `$` is not replaced in other texts.
+* The text `$lab_state` is reserved as a key, and becomes `%24lab_state`. No other text becomes
+  `%24lab_state`, because `$` is not replaced in other texts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def escape_key(text: str) -> str:
 def escape_name(text: str) -> str:
     """Return a valid name of a state for any text. Different texts never have the same name.
 
-    The result is a valid `Config.name`: 1 to 128 characters of `A-Z a-z 0-9 . _ -`, the first a
+    The result is a valid `Config.name`: 1 to 128 characters of `A-Z a-z 0-9 . _ -`. The first one is a
     letter or a digit. Letters and digits of ASCII, `.` and `-` stay as they are. Every other
     character, including `_`, is encoded as UTF-8. Each byte becomes `_` and two hexadecimal digits. If
     the first character is not a letter or a digit of ASCII, it is replaced as well, and `x_` is put
@@ -88,7 +88,10 @@ def escape_name(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return the escaped text of a key, of any length. It is never empty, and has no slash, NUL or lone surrogate."""
+    """Return the escaped form of a text. It may be longer than a key.
+
+    It is never empty, and has no slash, NUL or lone surrogate.
+    """
     return _NOT_IN_A_KEY.sub(_in_a_key, text) or _EMPTY_KEY
 
 

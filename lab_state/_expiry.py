@@ -2,8 +2,8 @@
 
 The expiry of a key is a time, in milliseconds since 1970. A key is due from this time on. A value that expires
 is stored together with its expiry, as an `Expiring`. So a view of the entries contains each expiry, and a
-read needs no index. The index `Expiries` finds the keys that are due. It has a bucket of keys for each
-second. A sweep examines only the buckets of the seconds since the last sweep. If all keys of a bucket are
+read needs no index. The index `Expiries` finds the keys that are due. It has a bucket for each second in
+which keys expire. A sweep examines only the buckets of the seconds since the last sweep. If all keys of a bucket are
 due, the size of the bucket is their number.
 
 While there is a watch, a key must be found exactly at its expiry, not at the end of that second.
@@ -239,7 +239,10 @@ class Expiries:
         return False
 
     def nearest(self) -> int | None:
-        """Return the first expiry in the heap, in milliseconds. The key may have been removed already, or may have a new expiry."""
+        """Return the first expiry in the heap, in milliseconds; `None` if the heap has no keys.
+
+        The key may have been removed already, or may have a new expiry.
+        """
         return self._heap[0][0] if self._heap else None
 
     def _put_in_heap(self, at: int, key: str) -> None:

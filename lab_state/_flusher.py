@@ -41,7 +41,10 @@ from lab_state.shared._results import RecordCalls
 from lab_state.storage._protocol import HistoryFigures, StorageSession, figures_of
 
 _LAST_CHANCE = 0.5
-"""`stop` makes its last attempt this many seconds before its deadline. If the event loop ends, the session gets this time to close."""
+"""`stop` makes its last attempt this many seconds before its deadline.
+
+If the event loop ends after `stop` has given up, the session gets this time to close.
+"""
 
 
 class Flusher(Outcomes):
@@ -108,7 +111,7 @@ class Flusher(Outcomes):
             raise
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- it bounds the work, not the wait of the caller
-        """Flush, write a checkpoint if there are records since the last one, and close the session.
+        """Flush, write a checkpoint if one is needed, and close the session. See `Checkpoints.is_needed`.
 
         Give up if there is no progress for `timeout` seconds. A flush that fails with an `UnavailableError`
         is repeated until `timeout` seconds after the call.

@@ -103,7 +103,10 @@ class Step:
         self._batch: Batch | None = None
 
     def prepare(self) -> Iterator[None]:
-        """Prepare the step in parts, and yield after each part if there are many. Reads do not see the step before `finish`."""
+        """Prepare the step in parts. If it has `_batch.MANY` changes or more, yield after each part.
+
+        Reads do not see the step before `finish`.
+        """
         copy, source = self._copy, dict[str, StoredOrGone]()
         for part in in_parts(self._changes.items()):
             effects, expired = _effects(copy, part, cleared=self._cleared, time=self._time)

@@ -65,9 +65,9 @@ def forget(flusher: object) -> None:
 def started_here(name: str, storage: Storage, place: object) -> str:
     """Return the place where this process started a state, as the end of a message. If it is not known, return an empty text.
 
-    A state is recognised by its storage object and its name, or by its place, if the storage
-    has one. Two storages with the same `repr` may have different places. For example, a relative
-    directory depends on the current directory.
+    A state is recognised by its name, together with its storage object or its place, if the storage has one. The `repr`
+    of a storage is not compared, because two storages with the same `repr` may have different places. For example, a
+    relative directory depends on the current directory.
 
     Args:
         name: The name of the state.

@@ -18,10 +18,10 @@ class Generation(NamedTuple):
 
     Attributes:
         first_revision: The first revision.
-        last_revision: The last revision. That of the generation in use grows while a manager runs.
+        last_revision: The last revision. In the generation in use, it grows while a manager runs.
         first_wall: The time of the writer's wall clock at the first revision, in seconds since 1970; `None` if it is not recorded.
-        last_wall: The same for the last revision. It may be earlier than `first_wall`: by some milliseconds in a new state, and by more
-            if the clock was set back.
+        last_wall: The time of the writer's wall clock at the last revision; see `first_wall`. It may be earlier than
+            `first_wall`: by some milliseconds in a new state, and by more if the clock was set back.
         size: The size of the files or objects in bytes.
         hole_before: Whether revisions are missing between this generation and the ones before it.
         in_use: Whether this is the generation that `start()` loads.

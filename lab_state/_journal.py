@@ -59,7 +59,7 @@ _LETTERS = {kind: kind.value.encode() for kind in FrameKind}
 
 
 class Header(msgspec.Struct, frozen=True):
-    """The first line of a journal. It has the name of the state, and the snapshot that the journal follows.
+    """The first line of a journal. It has the name of the state, and the base: the snapshot that the journal follows.
 
     `wall` is the time of the wall clock when the journal was made, in milliseconds since 1970; 0 if it is not recorded.
     """

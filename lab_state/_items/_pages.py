@@ -122,7 +122,8 @@ class Pages:
     def _next_page(self, decoding: Decoding) -> tuple[Sequence[str], list[Any] | None] | None:
         """Return the next keys and their decoded values. At the end, return `None`.
 
-        If decoding may take long, return `None` in place of the values, and put keys and stored values into `_rest`.
+        If `_all_at_once` does not decode the values, put the keys and the stored values into `_rest`, and return `None`
+        in place of the decoded values.
         """
         keys = self._next_keys()
         if not keys:
@@ -199,9 +200,9 @@ class Pages:
 
 
 def _all_at_once(values: Sequence[Stored], type_: Any) -> list[Any] | None:
-    """Return the decoded values in the common cases: no type and no expiry, and only scalars or only little JSON.
+    """Return the decoded values in the common cases. Otherwise return `None`.
 
-    Otherwise return `None`.
+    In these cases there is no type and no expiry. The values are only scalars, or at most `_BYTES_IN_STEP` bytes of JSON.
     """
     if type_ is not Any:
         return None

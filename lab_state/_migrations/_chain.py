@@ -54,7 +54,10 @@ def migrate(draft: StateDraft, name: str, to: int, function: Migrate) -> None:
 
 
 def misfits(state: State, types: Types) -> Iterator[Misfit | None]:
-    """Check each value that has not expired against the type of its key. Yield each misfit, and `None` after `AT_ONCE` values."""
+    """Check each value that has not expired against the type of its key.
+
+    Yield each misfit, and `None` after each `AT_ONCE` values.
+    """
     now = state.now()
     entries = iter(state.entries.items())
     while some := list(islice(entries, AT_ONCE)):

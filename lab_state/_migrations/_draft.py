@@ -27,7 +27,8 @@ class StateDraft(Draft):
     """A draft over a loaded state, whose `entries` are a dict. Reads of many keys take less time than in other drafts.
 
     Attributes:
-        added: The new keys, as long as values were only set.
+        added: The new keys. They are used only until a call other than `MigrationDraft.set` changes the draft, or a
+            value gets an expiry.
     """
 
     __slots__ = ("added",)
@@ -48,7 +49,10 @@ class StateDraft(Draft):
         return view
 
     def merge(self) -> int | None:
-        """Apply all changes to the base, as `Draft.merge` does. The base keeps the dict of the changes, so it makes no copy."""
+        """Apply all changes to the base, as `Draft.merge` does.
+
+        If values were only set, the base keeps the dict of the changes, and makes no copy.
+        """
         if self._only_values and not self.base.changes:
             self.base.changes = self.changes  # updating a dict with itself takes no time
         return super().merge()
@@ -74,20 +78,21 @@ class StateDraft(Draft):
 
 
 class _DraftView(UndoView[Stored]):
-    """A view of a draft, whose pages are read once."""
+    """A view of a draft. Each of its pages is read once."""
 
     __slots__ = ("_beneath", "_changes")
 
     def __init__(self, beneath: dict[str, Stored], changes: dict[str, Stored]) -> None:
-        """Begin a view. It takes the changes, and reads the entries beneath, which do not change."""
+        """Begin a view. The view removes items from the dict of the changes. The entries beneath do not change."""
         super().__init__(None, changes or beneath)
         self._beneath = beneath
         self._changes = changes
 
     def values(self, keys: Sequence[str]) -> Sequence[Stored]:
-        """Return the values of keys. Drop the values that are changes, because the migration is about to replace them.
+        """Return the values of keys.
 
-        In most pages, all keys have changed, or none.
+        If all keys have changed, drop their changes, because the migration is about to replace them. In most pages, all
+        keys have changed, or none.
         """
         changes, beneath = self._changes, self._beneath
         try:
@@ -160,7 +165,7 @@ class MigrationDraft(Plain):
 
     It has the calls of a transaction, each with the same guarantees and errors. There is one difference: `set` and
     `set_many` keep the expiry of a key, unless they get a `ttl`. There is one more call: `move`. A call sees the changes
-    of the migrations before it. Values are not checked against the types of the schema before all migrations have ended.
+    of earlier migrations. Values are not checked against the types of the schema before all migrations have ended.
 
     To read a large state, iterate over `items`, which has few values in memory at once. The iterator shows the
     state as it was at its first step, so keys may be set and deleted in the loop.

@@ -22,9 +22,9 @@ LARGEST: Final = 2**31
 class Schema:
     """The version of the values that a program stores, and the migrations from older versions.
 
-    Pass it to `Manager`. At `start()`, a state of an older version is migrated: see `Manager.start`. A state without a
-    stored version has version 1, such as a state of a program without a schema, or a file of another program. A new, empty
-    state gets the version of the schema. A manager without a schema counts as version 1.
+    Pass a schema to `Manager`. At `start()`, a state of an older version is migrated: see `Manager.start`. A state
+    without a stored version has version 1, such as a state of a program without a schema, or a file of another program.
+    A new, empty state gets the version of the schema. A manager without a schema counts as version 1.
 
     A schema may be used by any number of managers. The migration of a state runs once: a migration that is changed later has
     no effect on states that were migrated already.
@@ -50,8 +50,8 @@ class Schema:
                 without a migration, what the older code writes.
             types: The types of the values by the prefix of their keys, such as `{"users/": User}`. For each key, the
                 longest prefix that fits it is used. At the end of a migration, each value under these prefixes is checked. A write of
-                a key under them raises `InvalidValueError` if the value is not of its type. Such a write
-                decodes the value once more.
+                a key under them raises `InvalidValueError` if the value is not of its type. For this check, the
+                write decodes the encoded value.
             strict: Whether a member that a type does not know is an error. Then `start()` checks each value under `types`, which
                 takes several times as long as loading the state, and each write checks its value.
 

@@ -30,7 +30,7 @@ from lab_state.storage._protocol import StorageSession, figures_of, forget_recov
 
 
 class Committed(NamedTuple):
-    """The record of a migration, which is durable.
+    """The durable record of a migration.
 
     Attributes:
         start: The revision before the migration.
@@ -77,11 +77,12 @@ class SchemaStart(NamedTuple):
         Args:
             state: The loaded state. It is not shown to others yet. After an error it must be dropped.
             session: The session of the storage.
-            is_alone: Whether the state is not shared. Then a migration frees the memory of the recovery.
+            is_alone: Whether the state is not shared. Then a migration that changes more than half of the keys frees
+                the memory of the recovery.
 
         Raises:
-            SchemaError: The code cannot use the state, or must not migrate it. Or a value has an unknown member.
-            MigrationError: A migration failed, or a value is not of its type after the migrations.
+            SchemaError: The code cannot use the state, or must not migrate it. Or a value does not fit a strict schema.
+            MigrationError: A migration failed, or a value does not fit the schema after the migrations.
             StorageError: The commit failed.
         """
         schema = self.schema
@@ -158,7 +159,7 @@ class SchemaStart(NamedTuple):
 
 
 def copy_loaded(state: State) -> None:
-    """Copy the values that are views of the loaded buffer, so that its memory becomes free before the commit needs more."""
+    """Copy the values that are parts of the loaded buffer. So the buffer becomes free before the commit needs memory."""
     entries = state.entries
     for key, stored in entries.items():
         value = stored.value if isinstance(stored, Expiring) else stored

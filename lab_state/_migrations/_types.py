@@ -64,7 +64,8 @@ class Types:
     def fit(self, entries: Sequence[tuple[str, Stored]]) -> bool:
         """Return True if some values are known to be of the types of their keys. This takes less time than `misfits`.
 
-        The result may be False even if all values are of their types: only values under one prefix, without an expiry time, are examined.
+        The result may be False even if all values are of their types. It is False for values under several prefixes,
+        for a value with an expiry, and for a strict schema.
         """
         keys, values = zip(*entries, strict=True)
         type_ = self._type_of_all(min(keys), max(keys))

@@ -29,7 +29,7 @@ class Stored(NamedTuple):
         versions: Its versions.
         is_new: Whether it is a new state, without any change.
         wall: The time of its last write, in milliseconds since 1970; 0 if that is not known.
-        path: Its place.
+        path: Its path or its address in S3.
     """
 
     versions: Versions

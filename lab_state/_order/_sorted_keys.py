@@ -101,7 +101,10 @@ class SortedKeys:
         self._tree = None
 
     def position(self, bound: str | None) -> int:
-        """Return the number of keys below a bound. `None` is above all keys. The cost is O(log n), or more; see `_tree` above."""
+        """Return the number of keys below a bound. `None` is above all keys.
+
+        The cost is O(log n), or O(n / SIZE) if the tree was dropped.
+        """
         at, place = self._find(bound)
         tree = self._tree
         if tree is None:

@@ -262,7 +262,7 @@ class Reads(Ranges):
     ) -> dict[str, Any]:
         """Return the keys that start with `prefix`, with their values, without `await`, in one step; see `get_all`.
 
-        With a million keys, this blocks the event loop for some seconds.
+        With a million keys, the call blocks the event loop for some seconds.
         """
         self._check_open()
         is_skipping = check_on_mismatch(on_mismatch)
@@ -273,8 +273,9 @@ class Reads(Ranges):
     async def check(self, prefix: str = "", *, type: Any, limit: int = 100) -> list[Misfit]:
         """Find the values that are not of a type. Return their keys and the reasons, in order of the keys, all of one moment.
 
-        Use it before you change a type, or after a `TypeMismatchError`. The result contains no value. The call works
-        in steps of about a millisecond, and the event loop runs between two steps. It may have to sort all keys first; see `keys`.
+        Use `check` before you change a type, or after a `TypeMismatchError`. The result contains no value. The call
+        works in steps of about a millisecond, and the event loop runs between two steps. The call may have to sort all
+        keys first; see `keys`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.

@@ -9,14 +9,16 @@ A newer change of a key then replaces the older one.
 
 A snapshot needs a view that does not change while writers continue. `freeze` returns the dict
 itself as the view, and puts an `Overlay` over it, which takes the writes. Afterwards `fold`
-merges the writes into the dict in small steps. So the cost of `freeze` and of a step of `fold` does
-not depend on the size of the state. `entries` is used in the same way with and without an overlay.
+merges the writes into the dict in small steps. So the cost of the first view and of a step of `fold`
+does not depend on the size of the state. A second view at the same time is a copy of the state.
+`entries` is used in the same way with and without an overlay.
 
-An expired value stays in `entries` until a sweep deletes it. So each read of a value with an expiry
-calls `alive`, and `count`, `names` and `count_in` leave out keys that are due.
+An expired value stays in `entries` until a sweep or another change removes it. So each read of a value
+with an expiry compares the expiry with the time, and `count`, `names` and `count_in` leave out keys that are due.
 
-The index (`_order`) has the keys in order of code points. The first call that needs sorted keys makes the
-index. After that, each method that adds or removes a key notes the key for the index.
+The index (`_order`) has the keys in order of code points. If there is no index, a call that needs sorted keys
+makes it. While there is an index, each method that adds or removes a key notes the key for the index.
+`_order/_index.py` describes one exception.
 """
 
 from __future__ import annotations
@@ -113,7 +115,10 @@ class State(Ordered):
             self.apply(dict.fromkeys(keys, how), cleared=False)
 
     def clear(self) -> int:
-        """Delete all keys, and return their number. Without a watch, the cost does not depend on that number."""
+        """Delete all keys. Return the number of keys that had not expired.
+
+        Without a watch, the cost does not depend on the number of keys.
+        """
         count = self.count()
         if len(self.entries):
             self.apply({}, cleared=True)
@@ -260,7 +265,10 @@ class State(Ordered):
         self._stored_more, self.deleted, self.swept = stored, deleted, swept
 
     def skip_to(self, revision: int) -> None:
-        """Give the next change the revision after this one. All changes must be taken; `stored` stays the same."""
+        """Set the revision, so that the next change is `revision + 1`. `stored` stays the same.
+
+        All changes must be taken.
+        """
         self._stored_more -= revision - self.revision
         self.revision = self.taken = revision
 
@@ -310,11 +318,11 @@ class State(Ordered):
         self.taken, self.since = taken.start, taken.since
 
     def freeze(self) -> dict[str, Stored]:
-        """Return a view of the entries. It does not change until it is passed to `fold`.
+        """Return a view of the entries. The view does not change until it is passed to `fold`.
 
-        The first view costs nothing. A second view at the same time is a copy of the state. A second
-        view is taken when a sync fails while a checkpoint runs. If a change of many keys is
-        not merged yet, it is merged here, in one step; see `fold_staged`.
+        The first view is the dict itself, so nothing is copied. A second view at the same time is a copy of the
+        state. For example, a commit takes a second view if a sync fails while a checkpoint runs. If a change of
+        many keys is not merged yet, `freeze` first merges it, in one step; see `fold_staged`.
         """
         if isinstance(self.entries, Staged):
             self.entries.fold(sys.maxsize)
@@ -328,7 +336,7 @@ class State(Ordered):
 
     @property
     def frozen(self) -> bool:
-        """Whether `freeze` would take long: a view is in use, or a change of many keys is not merged yet."""
+        """Whether `freeze` may take long: a view is not folded yet, or a change of many keys is not merged yet."""
         return isinstance(self.entries, Overlay)
 
     def note_copied(self, view: dict[str, Stored]) -> None:
