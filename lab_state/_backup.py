@@ -92,8 +92,8 @@ class BackedUp:
 
         The file is a snapshot: to restore it, copy it to `<name>.json` in an empty directory. The file has the
         expiries, too. All changes in the file are committed before the file is complete. So this call also flushes.
-        Writes, commits and reads go on meanwhile. A checkpoint and a backup wait for each other. In a shared state, each
-        process can write a backup from its own copy. The changes of an open transaction are not in the backup.
+        Writes, commits and reads go on meanwhile. A checkpoint and a backup wait for each other. In a shared state,
+        each process can write a backup from its own copy. The changes of an open transaction are not in the backup.
 
         The file is written beside `path` under a temporary name, synced, and renamed. So a file at `path` is always a whole
         backup: the older one or the new one. Only the user of the process can read a new file. A file that replaces an older

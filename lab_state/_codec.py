@@ -19,7 +19,7 @@ If the state has other versions than `FIRST_VERSIONS`, they are in the members `
 has both members only if it changes one of them.
 
 If there are results of calls that other processes made, they are in the member `calls` (`shared/_results.py`).
-A snapshot that a running manager writes has the member `"followed":true`; see `_journal.is_followed`.
+The snapshot of each checkpoint before `stop()` has the member `"followed":true`; see `_journal.is_followed`.
 A snapshot in S3 has the members `seq` and `fence`, too (`storage/s3/_format.py`).
 """
 

@@ -112,9 +112,9 @@ class CallCore:
         state: The state. The state of a manager is empty before `start()` and after `stop()`. So if
             a call finds a key, the manager is running.
         transaction: The open transaction; `None` if there is none. Writers wait for its end.
-        blocked: Whether a writer must call `turn` first: a transaction is open, no
-            change can become durable, or an iterator of `items()` is open. Otherwise a writer
-            does not need the lock, because it changes the state without an `await`.
+        blocked: Whether a writer must call `turn` first, or `State.before_overwrite` if only a view is open. It is set
+            while a transaction is open, no change can become durable, or a view of `items()` or `get_all()` is open.
+            Otherwise a writer does not need the lock, because it changes the state without an `await`.
         counters: Counts of calls that failed, and the counts of earlier starts.
         has_followup: Whether a write has more to do after it has changed the state: notify
             watchers, drop an expiry or wait for durability.

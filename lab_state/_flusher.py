@@ -6,7 +6,7 @@ commits them as one record. If a commit fails, its changes are put back, and the
 `_durability.py` manages the callers that wait. `_outcomes.py` handles the outcome of each commit, and decides
 when a failed commit is repeated. `_checkpoints.py` writes the checkpoints.
 
-The task never cancels a storage call. `stop` gives up if the storage makes no progress for `timeout` seconds.
+The task never cancels a commit or a checkpoint. `stop` gives up if the storage makes no progress for `timeout` seconds.
 The session is then closed when the hanging call returns. So no second writer can open the state before that.
 """
 

@@ -30,11 +30,11 @@ class Items(Handle, AsyncIterator[tuple[str, T]]):
     yields nothing. If a task is cancelled in `__anext__`, no key is lost: the next call returns the same pair.
 
     Each call of `__anext__` can raise the following errors. After a `TypeMismatchError`, the next call continues with
-    the next key.
+    the next key. The first call on an iterator of a `Reader` can also raise the errors of a read; see `Reader`.
 
     Raises:
         TypeMismatchError: The value cannot be decoded as the requested type. The message has the key.
-        ClosedError: The manager is not running, or was stopped since the first step.
+        ClosedError: The manager or the reader is not running, or was stopped since the first step.
         RuntimeError: Another task waits for `__anext__` of this iterator.
     """
 

@@ -25,7 +25,7 @@ _BYTES_IN_STEP = 32_768
 """Values with at most this many bytes in total are decoded in one call, which takes about a quarter of a millisecond."""
 
 _FEW = 4
-"""Fewer values than this are decoded one by one."""
+"""If `_together` finds fewer values than this, they are decoded one by one."""
 
 
 SKIPPED: Final = object()
@@ -202,7 +202,7 @@ class Pages:
 def _all_at_once(values: Sequence[Stored], type_: Any) -> list[Any] | None:
     """Return the decoded values in the common cases. Otherwise return `None`.
 
-    In these cases there is no type and no expiry. The values are only scalars, or at most `_BYTES_IN_STEP` bytes of JSON.
+    In these cases there is no type and no expiry. The values are scalars, or at most `_BYTES_IN_STEP` bytes of JSON.
     """
     if type_ is not Any:
         return None

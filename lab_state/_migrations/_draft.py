@@ -163,9 +163,10 @@ class _MigrationCalls(Calls):
 class MigrationDraft(Plain):
     """The whole state during a migration, with the calls that read and change it, without `await`.
 
-    It has the calls of a transaction, each with the same guarantees and errors. There is one difference: `set` and
-    `set_many` keep the expiry of a key, unless they get a `ttl`. There is one more call: `move`. A call sees the changes
-    of earlier migrations. Values are not checked against the types of the schema before all migrations have ended.
+    It has the calls of a transaction, each with the same guarantees and errors. There are two differences: `set` and
+    `set_many` keep the expiry of a key, unless they get a `ttl`. If `set_many` refuses a value, the values before it
+    are stored. There is one more call: `move`. A call sees the changes of earlier migrations. Values are not checked
+    against the types of the schema before all migrations have ended.
 
     To read a large state, iterate over `items`, which has few values in memory at once. The iterator shows the
     state as it was at its first step, so keys may be set and deleted in the loop.
@@ -214,7 +215,7 @@ class MigrationDraft(Plain):
         changes[full] = stored  # as in `Transaction.set`; `State.apply` would take longer
 
     def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> None:
-        """Store several values, one after the other; see `set`.
+        """Store several values, one after the other; see `set`. After an error, the values before it are stored.
 
         Raises:
             TypeError: `values` is not a mapping.

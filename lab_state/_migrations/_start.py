@@ -159,7 +159,7 @@ class SchemaStart(NamedTuple):
 
 
 def copy_loaded(state: State) -> None:
-    """Copy the values that are parts of the loaded buffer. So the buffer becomes free before the commit needs memory."""
+    """Copy the values that are parts of the loaded buffer. So the buffer is freed before the commit needs memory."""
     entries = state.entries
     for key, stored in entries.items():
         value = stored.value if isinstance(stored, Expiring) else stored

@@ -152,7 +152,7 @@ def _dropped(before: Any, after: Any, way: tuple[Any, ...]) -> Iterator[tuple[tu
 
 
 def _has(tree: Any, way: tuple[Any, ...]) -> bool:
-    """Return whether decoded JSON has the part to which a way leads."""
+    """Return whether decoded JSON has a part at the path `way`."""
     for step in way:
         try:
             tree = tree[step]

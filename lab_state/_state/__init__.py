@@ -188,7 +188,7 @@ class State(Ordered):
                 keys, too. `State.changes` itself may be passed.
             size: The number of keys after the change.
             absent: The number of keys that are deleted, apart from the keys that `cleared` deletes.
-            stale: The keys that had an expiry; see `Expiries.replace`.
+            stale: The changed keys that had an expiry; see `Expiries.replace`.
             fresh: The keys that get an expiry.
             moved: The keys that are added or removed, for the index. Other keys may be among them.
             cleared: Whether to delete all keys first.

@@ -76,14 +76,14 @@ class Contents:
         versions_at: The revision of the change whose record has the versions. It is above `revision` until this change is made.
         borrowed: Whether values may be `Raw` objects that are parts of the buffer from which they were loaded. They keep the
             whole buffer in memory.
-        views: The views that `items()` reads. If the list is not empty, `before_overwrite`
+        views: The views that `items()` and `get_all()` read. If the list is not empty, `before_overwrite`
             has to be called before each change.
         on_views: A callback after each opening of such a view, and when no view is open any longer. It may also be called
             when nothing has changed.
     """
 
     has_steps: ClassVar[bool] = True
-    """Whether calls with many keys may run in steps. For a draft it is False, because its calls never await."""
+    """Whether calls with many keys may work in steps. It is False for a `Layered`, such as a draft."""
 
     __slots__ = (
         "_held",
@@ -189,7 +189,7 @@ class Contents:
 
     @property
     def known(self) -> Readable:
-        """The entries, for internal lookups. A draft that notes what is read does not note these lookups."""
+        """The entries, for internal lookups. A draft that notes reads does not note these lookups."""
         return self.entries
 
     def note_listing(self, prefix: str) -> None:

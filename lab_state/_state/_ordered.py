@@ -1,4 +1,4 @@
-"""The keys of a state in order, and the views that `items()` reads. This module does no I/O."""
+"""The keys of a state in order, and the views that `items()` and `get_all()` read. This module does no I/O."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Ordered(Contents):
         entries, now = self.entries, self.now()
         return [key for key in keys if not (isinstance(stored := entries[key], Expiring) and stored.at <= now)]
 
-    # Views of `items()`
+    # Views of `items()` and `get_all()`
 
     def view(self) -> UndoView[Stored]:
         """Open a view of the present entries. `close_view` closes it, and so does the garbage collector."""
