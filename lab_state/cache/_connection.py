@@ -3,8 +3,8 @@
 This module packs the commands itself, and reads the answers one by one. A pipeline of redis-py would pack
 all commands in one step. Here a step of many keys is sent in slices, and the event loop runs between them.
 
-Messages never contain the text of an error of redis-py, because this text may quote the command with a value. The
-messages contain only the class of the error, or the error code of the server.
+The message of a `StorageError` never contains the text of an error of redis-py, because this text may quote the command with
+a value. It contains the class of that error, or the error code of the server.
 """
 
 from __future__ import annotations
@@ -180,7 +180,10 @@ async def _prepare_tls(connection: Any) -> None:
 
 
 class Connection:
-    """A connection to Redis that sends commands and reads answers. All calls but `read` have a timeout."""
+    """A connection to Redis that sends commands and reads answers.
+
+    A call that sends or reads raises a `StorageError` if the connection fails. Each of these calls but `read` has a timeout.
+    """
 
     def __init__(self, connection: Any, path: str, timeout: float, clock: Clock) -> None:
         """Use a connection of redis-py. `timeout` is the time limit for sending a piece, and for reading all answers of a call, in seconds."""

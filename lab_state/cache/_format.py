@@ -8,8 +8,8 @@ Any client of the cache may write to a mirror. So the code never assumes that th
 reads are from lab_state.
 
 A message on the channel is a step, or a part of one: `{"from":41,"to":42,"writer":"...",
-"set":{...},"delete":[...],"expires":{...}}`. `clear` says that all keys are deleted before this
-message applies. `more` says that another message of the same step follows. `resync` says that the
+"set":{...},"delete":[...],"expires":{...}}`. `clear` says that all keys are deleted before
+the changes of this message are made. `more` says that another message of the same step follows. `resync` says that the
 message has no changes, and that the mirror must be read again. A message without `resync` whose `from`
 equals `to` is a heartbeat, which only says that the writer is running.
 """
@@ -172,7 +172,10 @@ def message(start: int, end: int, writer: str, part: Slice, *, clear: bool = Fal
 
 
 def resync(start: int, end: int, writer: str) -> bytes:
-    """Return the message of a fill, or of a step whose changes are not sent. When a reader gets it, it loads its local copy again."""
+    """Return the message of a fill, or of a step whose changes are not all sent.
+
+    A reader that gets this message loads its local copy again.
+    """
     return encode(Message(start=start, end=end, writer=writer, resync=True))
 
 

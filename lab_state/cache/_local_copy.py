@@ -49,7 +49,7 @@ class LocalCopy:
         self.highest: int = 0
         # The index of expiries of this state is not complete. A reader compares the entries with the wall clock instead.
         self._state = State()
-        self._whole = False  # whether `entries` has all keys at `head`; False during a load, and after a failed load
+        self._whole = False  # whether `entries` has all keys at `head`; a load that reads all keys sets it to False until it succeeds
         self._kept: deque[Sequence[Message]] | None = None
 
     def invalidate(self) -> None:

@@ -112,7 +112,7 @@ class MirrorWriter:
         # The wall clock minus the time of the state, in milliseconds, as it was added to the expiry times in the mirror.
         self._ahead = 0
         self._has_times = False  # whether the mirror may have expiry times
-        self._tried: int | None = None  # the revision of a step whose outcome is unknown
+        self._tried: int | None = None  # the revision of a step or a fill whose outcome is unknown
         self._is_owner = True  # True until the first fill, because the start has just made this manager the owner
         self._idle = False  # whether a check of the mirror is due
         self._stopping = False

@@ -59,7 +59,7 @@ SPOILT = Seen(None, -1)
 class CacheSession(Protocol):
     """A session in which one writer writes the mirror of one state.
 
-    Calls do not overlap. Each call raises `StorageError` or a subclass, and no other error. After
+    Calls do not overlap. If a call fails, it raises `StorageError` or a subclass, and no other error. After
     an error the outcome is unknown: readers see the mirror without the change of the call, or with
     the whole change, and never with a part of it. After an error the session can only be closed.
     """

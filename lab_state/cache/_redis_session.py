@@ -58,7 +58,7 @@ class RedisSession:
         return f"<RedisSession of {self._keys.values.decode()!r}>"
 
     async def look(self) -> Seen:
-        """Return the writer and the revision of the mirror. If this writer wrote it, send a heartbeat; see `CacheSession.look`."""
+        """Return the writer and the revision of the mirror. If the mirror is unchanged, send a heartbeat; see `CacheSession.look`."""
         before, connection = self._seen, self._connection
         if before.writer != self._writer:
             # A key that was watched before may have changed. Without UNWATCH, the next step would fail.

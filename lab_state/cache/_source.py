@@ -13,8 +13,9 @@ class Fetched(NamedTuple):
         head: The field `$lab_state` of the values; `None` if it is missing.
         head_of_expires: The field `$lab_state` of the expiry times. In a mirror without damage
             it has the same bytes as `head`.
-        values: The JSON of each requested key that exists.
-        expires: The expiry time of each of these keys that expires, in milliseconds since 1970.
+        values: The value of each key of this part that exists, as JSON.
+        expires: The expiry times of keys that expire, as decimal digits, in milliseconds since 1970. A part that `Source.scan`
+            yields may have expiry times of keys of earlier parts.
     """
 
     head: bytes | None
@@ -51,7 +52,7 @@ class Subscription(Protocol):
 
 
 class Source(Protocol):
-    """A mirror that can be read. Every call raises `StorageError` or a subclass, and no other error."""
+    """A mirror that can be read. If a call fails, it raises `StorageError` or a subclass, and no other error."""
 
     @property
     def path(self) -> str:
@@ -69,8 +70,8 @@ class Source(Protocol):
     def scan(self) -> AsyncIterator[Fetched]:
         """Yield all keys in parts, which may be from different moments.
 
-        A key that exists during the whole scan is yielded at least once. In a part, `head` and
-        `head_of_expires` may be `None`.
+        A key that exists during the whole scan is yielded at least once. The value of a key comes before its expiry time, or
+        in the same part. In a part, `head` and `head_of_expires` may be `None`.
         """
         ...
 

@@ -156,7 +156,7 @@ class Reader(MirrorAccess):
             TypeMismatchError: The stored value cannot be decoded as `type`. `error.path` is the path to the part that does not fit.
             TypeError: The type cannot be decoded, or the default is a class. Pass a class as
                 `type=`.
-            UnavailableError: See `Reader`.
+            UnavailableError: See `Reader`, also for the other errors of a read.
         """
         check_default(default)
         if type is not Any:
@@ -191,8 +191,8 @@ class Reader(MirrorAccess):
         Raises:
             TypeMismatchError: One of the values cannot be decoded as `type`. `error.path` is the path in this value.
             ValueError: `on_mismatch` is unknown.
-            TypeError: `keys` is one `str`, or is not iterable. Or the type cannot be decoded.
-            UnavailableError: See `Reader`.
+            TypeError: `keys` is one `str`, or is not iterable. Or `on_mismatch` is not a `str`, or the type cannot be decoded.
+            UnavailableError: See `Reader`, also for the other errors of a read.
         """
         is_skipping = check_on_mismatch(on_mismatch)
         if type is not Any:
@@ -261,7 +261,7 @@ class Reader(MirrorAccess):
             InvalidKeyError: `after` cannot be a key.
             TypeError: An argument has a wrong type, or the type cannot be decoded.
             ValueError: `limit` is below 1, or `on_mismatch` is unknown.
-            UnavailableError: See `Reader`.
+            UnavailableError: See `Reader`, also for the other errors of a read.
         """
         async with Items[Any](self._steps(prefix, after, limit, type, on_mismatch, reverse=reverse)) as items:
             return {key: value async for key, value in items}
@@ -270,7 +270,7 @@ class Reader(MirrorAccess):
         """Return whether the key exists.
 
         Raises:
-            UnavailableError: See `Reader`.
+            UnavailableError: See `Reader`, also for the other errors of a read.
         """
         found = await self._some([_asked(key)])
         if not found:
@@ -292,7 +292,7 @@ class Reader(MirrorAccess):
             InvalidKeyError: `after` cannot be a key.
             TypeError: An argument has a wrong type.
             ValueError: `limit` is below 1.
-            UnavailableError: See `Reader`.
+            UnavailableError: See `Reader`, also for the other errors of a read.
         """
         steps = Steps(self._moment(prefix, after, limit, reverse=reverse), _KEYS_ALONE)
         async with Items[None](steps) as items:
@@ -304,7 +304,7 @@ class Reader(MirrorAccess):
         """Return the revision of the state that a read would use now.
 
         Raises:
-            UnavailableError: See `Reader`.
+            UnavailableError: See `Reader`, also for the other errors of a read.
         """
         _ = self._open
         if self._local.fresh:

@@ -39,15 +39,19 @@ class Address(NamedTuple):
         return len(os.fsencode(self.path)) <= LONGEST_PATH
 
     def through(self, descriptor: int) -> str:
-        """Return a path that fits into `sockaddr_un`, if this process has the directory open with this descriptor."""
+        """Return the path through a descriptor of the directory, which this process has open. It fits into `sockaddr_un`."""
         return f"/proc/self/fd/{descriptor}/{self.socket_name}"
 
 
 def address_of(directory: str, name: str) -> Address:
-    """Return the address of the state of this name.
+    """Return the address of the socket of a state.
 
-    The name of the socket depends only on the name of the state. It is `<name>.sock`, or a hash of the
-    name if `<name>.sock` is too long. So processes that see the directory under different paths find the same socket.
+    The name of the socket depends only on the name of the state. It is `<name>.sock`, or
+    `lab-state-<hash>.sock` if that would be too long. So processes that see the directory under different paths find the same socket.
+
+    Args:
+        directory: The absolute path of the directory, without symbolic links.
+        name: The name of the state.
     """
     plain = f"{name}.sock"
     if len(os.fsencode(plain)) <= _LONGEST_NAME:

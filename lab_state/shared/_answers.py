@@ -83,7 +83,7 @@ def failure(answer: Failed) -> LabStateError:
 def relative(
     error: TypeMismatchError | InvalidValueError, key: str, prefix: str
 ) -> TypeMismatchError | InvalidValueError:
-    """Return a copy of an error for the caller of a handle. In the message, the key has no prefix of the handle."""
+    """Return a copy of an error for the caller of a handle. Its message names the key without the prefix of the handle."""
     return error.__class__(error.args[0].replace(repr(key), repr(key[len(prefix) :]), 1), error.path)
 
 

@@ -66,7 +66,7 @@ class Arrivals:
 
         Raises:
             WaitTimeoutError: The revision was not reached in time.
-            LabStateError: `close` has ended the wait.
+            LabStateError: `close` was called, and the copy does not have the revision.
         """
         try:
             if seconds == math.inf:

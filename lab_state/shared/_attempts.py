@@ -2,7 +2,7 @@
 
 A call of a task of the owner needs no check. So such calls could change a key again and again before the next
 attempt of a client arrives, above all on a busy machine. Each attempt of the client would then be refused. Therefore
-a task of the owner waits until the client has made its attempt, for a few milliseconds at most.
+a task of the owner waits until the client has made its attempt, for at most 10 ms (see `OwnerFlusher.run`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ PATIENCE = 5_000_000
 
 
 class Attempts:
-    """The keys of the checks that were refused in the last few milliseconds.
+    """The keys of refused checks, each of which awaits another attempt.
 
     Attributes:
-        on_made: A callback. It gets the key when an attempt has been made.
+        on_made: A callback. It gets the key when an awaited attempt was made, and its check held.
     """
 
     def __init__(self, monotonic_ns: Callable[[], int]) -> None:

@@ -170,7 +170,7 @@ class Bodies:
         del self._turns[key]
 
     def _served(self, key: str, turn: _Turn, _: asyncio.Task[None]) -> None:
-        """End the calls that are left, because other code has cancelled the task of a turn."""
+        """Note the end of the task of a turn. If other code has cancelled the task, end the calls that are left with an error."""
         if self._turns.get(key) is turn:
             del self._turns[key]
         ends: dict[Outcome, list[_Body]] = {"unknown": turn.running, "not made": turn.waiting}
@@ -217,7 +217,8 @@ async def wait_for_others(see_all: Awaitable[None], name: str) -> None:
         name: The name of the state.
 
     Raises:
-        StorageError: The commit of such a change failed.
+        UnavailableError: `see_all` raised a `StorageError`, such as that of a commit that failed. The outcome is "not made".
+        LabStateError: `see_all` raised this error, such as a `ClosedError`.
     """
     try:
         await see_all

@@ -31,9 +31,10 @@ class Channel:
     """One end of a connection.
 
     Attributes:
-        is_open: Whether frames are sent and handled. It is False after `finish` and after the end.
+        is_open: Whether further frames are sent and handled. It is False after `finish` and after the end.
         kind: The kind of the last frame that was handled; empty before the first frame, and if the next bytes are not a frame.
-        received_at: The time when bytes were last received, in seconds of the clock. At first, it is the present time.
+        received_at: The time when bytes were last received, in seconds of the clock. Before the first bytes, it is the time
+            at which the channel was made.
     """
 
     __slots__ = (
@@ -71,11 +72,12 @@ class Channel:
         Args:
             connected: The socket. It is closed with the channel.
             kinds: The kinds of frames that may be received.
-            handle: A function that handles a frame. If it raises a `BadMessageError`, this is a fault of the other end.
+            handle: A function that handles a frame. If it raises an error, the channel is closed. A `BadMessageError` is a fault
+                of the other end.
             ended: A function that is called once, when the channel is closed for any reason.
             clock: The clock for `received_at`.
             most_received: The largest number of bytes that are received and handled in one step of the event loop.
-            most_waiting: The largest number of bytes that may wait to be sent; `None` for any number.
+            most_waiting: The bound of the bytes that wait to be sent; `None` for no bound. See `SendQueue`.
         """
         self.is_open: bool = True
         self.kind: bytes = b""
@@ -235,5 +237,5 @@ class Channel:
 
 
 def fault_of(channel: Channel, problem: BadMessageError) -> str:
-    """Return a text for the log: the fault of the other end. It has no key and no value."""
+    """Return a text for the log: the fault of the other end. The text has no key and no value."""
     return f"bad message{' of kind ' * bool(channel.kind)}{channel.kind.decode()}: {problem}"

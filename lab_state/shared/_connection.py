@@ -1,8 +1,8 @@
 """The owner's end of the connection to one client. It receives a hello and calls, and sends records and answers.
 
-`Connection` checks the order and the size of messages. `OwnerSide` admits clients and executes calls. All methods of
-`OwnerSide` are synchronous. So a record, and the answers that wait for it, are put into the queue in one step, and
-are sent together.
+`Connection` checks the order of messages. `OwnerSide` admits clients and executes calls. No public method of the two is a
+coroutine function, but `OwnerSide.call` may return an awaitable. So a record, and the answers that wait for it, are put
+into the queue in one step, and are sent together.
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ from lab_state.shared._queue import MOST_WAITING
 from lab_state.shared._wire import OtherVersionError, decode_call_in_steps, decode_from_client, encode_for_client
 
 _PATIENCE = 5.0
-"""The time limit in seconds for the hello of a client, and for reading the last message of the owner."""
+"""The time limit in seconds: for the hello of a client, and for a client to receive the last messages of the owner."""
 
 _LARGE = 64 * 1024
 """A call with at least this many bytes is decoded in steps."""
 
 _MOST_RECEIVED = 16 * 1024
-"""The largest number of bytes of calls that are handled in one step of the event loop. The calls of 25 tasks have a few thousand bytes."""
+"""The largest number of bytes that a connection receives in one step of the event loop. The calls of 25 tasks have a few
+thousand bytes.
+"""
 
 
 class OwnerSide(Protocol):
@@ -54,7 +56,7 @@ class OwnerSide(Protocol):
 
     @property
     def durable_revision(self) -> int:
-        """The revision of the last record that the connections got. Before the first record, it is the loaded revision."""
+        """The revision of the owner's copy. Each record up to this revision was given to the connections."""
         ...
 
     def greeting(self, hello: Hello) -> Welcome | Starting | No:
@@ -84,7 +86,7 @@ class OwnerSide(Protocol):
         ...
 
     def watched(self) -> None:
-        """Note that a client has opened its first watch, or closed its last one; see `Connection.is_watching`."""
+        """Note that a client has said whether it has a watch; see `Connection.is_watching`."""
         ...
 
     def left(self, connection: Connection) -> None:
@@ -119,7 +121,7 @@ class Connection:
         Args:
             owner: The owner's side.
             connected: The socket. It is closed with the connection.
-            pid: The process at the other end.
+            pid: The process id of the other end.
             name: The name of the state, for the log.
             by_client: The present connection of each client. A connection adds and removes itself.
             ended: A function that is called once, when the connection has ended.

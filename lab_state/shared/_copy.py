@@ -23,8 +23,8 @@ class SharedCopy(Upkeep):
 
     Attributes:
         applier: The object that applies records to the copy.
-        has_state: Whether the copy shows a state. Before that, it is empty.
-        watchers: The watches of this start.
+        has_state: Whether the copy shows a state. Until then, the copy is empty.
+        watchers: The open watches of this process.
         port: The calls of this process.
     """
 

@@ -19,7 +19,9 @@ _LATER = 0.01
 """After the end of an owner, a process without a copy waits for this number of seconds. So processes with a copy can take the lock first."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
-"""The first and the longest pause between two attempts in all other cases, in seconds. Each pause is twice as long as the one before."""
+"""The first and the longest pause between two attempts in all other cases, in seconds. Each pause is twice as long as the pause before, up
+to the longest pause.
+"""
 
 _BELIEVED_AFTER = 0.5
 """A lock file may name an owner that cannot be followed. A start fails for this reason only if the content of the file has
@@ -34,7 +36,7 @@ class Election:
     """One search of a process for its role. It begins at the start of a manager, or when a connection to an owner has ended.
 
     Attributes:
-        why: The reason why this process has no role yet. If another process holds the lock, it names that process.
+        why: The reason why this process has no role yet. If another process holds the lock, this text names that process.
     """
 
     def __init__(self, files: SharedFiles, name: str, clock: Clock, owner_timeout: float) -> None:
@@ -69,7 +71,9 @@ class Election:
             self._wait_longer(has_copy=has_copy)
 
     async def role(self, *, has_copy: bool) -> Claim | OwnSocket:
-        """Take the lock, or connect to its holder. Try both again until one succeeds.
+        """Take the lock, or connect to its holder. Try both again until one of them succeeds.
+
+        Return the claim, or the connected socket.
 
         Args:
             has_copy: Whether this process has a copy. Without one, the search has a time limit: `owner_timeout`.

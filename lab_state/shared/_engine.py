@@ -169,7 +169,7 @@ class Engine(Generic[C]):
     # Clients
 
     def admit(self, client: str, heard: int | None, *, checks: bool = True) -> bool:
-        """Note a new connection of a client. Return False if the client may have been forgotten; see `Clients.admit`.
+        """Note a new connection of a client. Return False if the client is not known, and may have been forgotten.
 
         `checks` says whether the client checks its values itself.
         """
@@ -228,7 +228,10 @@ class Engine(Generic[C]):
         return self._keep(connection, client, call.n, (yield from self.execute_in_steps(call, client)))
 
     def _known(self, connection: C, client: str, call: Call) -> Answer | Literal[_Found.NEW] | None:
-        """Return the answer to a call that was executed before; `None` if the answer comes later. Return `_NEW` if the call is to be executed."""
+        """Return the answer to a call that was executed before; `None` if the answer comes later.
+
+        If the call was not executed, return `_NEW`, or the answer `Moved` at the end of the owner.
+        """
         self.clients.acknowledge(client, call.ack)
         if (applied := self._pending.find(client, call.n)) is not None:
             return self._wait(connection, call.n, Executed(applied.at, applied.value, changed=True))
@@ -259,7 +262,8 @@ class Engine(Generic[C]):
         """Execute a call on the layer, without a search for an earlier execution. The result of the call is JSON.
 
         If the check of the call does not hold, return a refusal. A `TypeMismatchError` or an `InvalidValueError`
-        that a value causes is in the result. Then nothing was changed. `client` is `None` for a call of the owner.
+        that a value causes is not raised, but returned in the `Executed`. Then nothing was changed. `client` is `None` for
+        a call of a task of the owner.
         """
         before = self._layer.revision
         if isinstance(call, MakeChanges) and not self._holds(call):
@@ -304,7 +308,7 @@ class Engine(Generic[C]):
         return self._executed(before, encode(count if isinstance(call, DeleteMany | DeleteAll) else None))
 
     def run(self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "") -> Executed[R]:
-        """Run a function of the application, which makes one call on the layer. An error of the function is in the result.
+        """Run a function that makes one call on the layer, such as an `update`. An error is returned in the `Executed`.
 
         Args:
             body: A function that gets calls on the layer and makes one of them. The call must not wait.

@@ -18,7 +18,8 @@ class Executed(Generic[R]):
     Attributes:
         at: The revision of the layer after the call. The answer waits until this revision is durable.
         changed: Whether the call changed something.
-        revision: The revision of the answer. If the call changed something, this is 0 until its record is durable.
+        revision: The revision of the answer. If the call changed something, this is 0 at first. `Engine.landed` sets it for the
+            calls of the owner's tasks. For a call of a client, `Waiting.answer` gets the revision instead.
         error: The error that the call raised; `None` if it returned.
     """
 

@@ -56,8 +56,8 @@ class Follower:
         ready: A future. Its result is True when the copy can be read and calls can be sent, and False if the
             connection ended before that. If this process cannot follow the owner, the future has the error.
         over: A future that is done when the connection has ended.
-        owner_pid: The pid of the owner. Before the owner sends its pid, this is the pid that the kernel reports: 0 for a
-            process in another container.
+        owner_pid: The pid of the owner; 0 before `open`. Before the owner sends its pid, this is the pid that the kernel
+            reports, which is 0 for a process in another container.
         has_left: Whether the owner has confirmed the farewell of this client.
         is_bad: Whether a received record could not be decoded. Then the next connection must begin with a load.
     """
@@ -106,7 +106,10 @@ class Follower:
         self._named_more = asyncio.Event()
 
     def open(self, connected: OwnSocket, *, anew: bool) -> None:
-        """Send the hello over a connected socket. With `anew`, send no revision, so that this process loads the state again, even if it has a copy."""
+        """Send the hello over a connected socket.
+
+        With `anew`, send no revision. So this process loads the state again, even if it has a copy.
+        """
         self.owner_pid = peer_of(connected).pid
         copy, port = self._copy, self._port
         revision = copy.state.revision if copy.has_state and not anew else None
@@ -174,7 +177,8 @@ class Follower:
         """Follow the owner: send all open calls. Load the copy if the owner no longer has all records that the copy lacks.
 
         If the owner has forgotten this client, take a new id instead. The owner then closes the connection. If the state
-        of the owner is older than the copy, send no call. In this case, the load raises a `CorruptionError`.
+        of the owner is older than the copy, send no call. In this case, the load raises a `CorruptionError`. If the code of
+        this process does not fit the schema of the state, end the connection with a `SchemaError`.
         """
         self.owner_pid = welcome.pid
         self._met()
@@ -353,12 +357,12 @@ class Follower:
         self.ready.set_result(True)
 
     async def _read(self) -> LoadedState:
-        """Read the files again until the result is at least as new as the copy.
+        """Read the files until the result is at least as new as the copy, and return the result.
 
         After each reading, wait until the owner has reported the revision of the result as durable.
 
         Raises:
-            CorruptionError: The state of the owner is older than the copy.
+            CorruptionError: The state of the owner is older than the copy, or the files are damaged.
             LabStateError: The files cannot be read.
         """
         while True:

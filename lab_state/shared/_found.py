@@ -1,9 +1,9 @@
 """The state that a new owner finds in the files.
 
-A process that has a copy needs only the records after the copy. These records may not be durable yet. So the new
-owner first settles the state with a commit, and then shows the records. The storage writes a new journal: with copies of
-the records, or with the whole state as one frame. Rule 4 of `docs/design/disk.md` gives the reason, and says which of the
-two is written.
+A process that has a copy needs only the records after the copy. These records may not be durable yet, unless the last owner
+has ended as planned. So the new owner first settles the state with a commit, and then shows the records. The storage writes a
+new journal: with copies of the records, or with the whole state as one frame. Rule 4 of `docs/design/disk.md` gives the
+reason, and says which of the two is written.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ class Files(Protocol):
 async def find(files: Files, copy: State | None) -> Found:
     """Return the state of the files, or the part of it that a copy lacks.
 
-    Loading the whole state blocks the event loop, as in `start()`. A copy for which the files have all records
-    needs no such load, and no snapshot.
+    Loading the whole state blocks the event loop, as in `start()`. There is no such load if the journal has records, and
+    begins at or below the revision of the copy. There is none either if the journal has no record, and the snapshot has the
+    revision of the copy.
 
     Args:
         files: The files.

@@ -1,7 +1,7 @@
 """Frames on the socket of a shared state, and a decoder that receives their bytes in pieces. This module does no I/O.
 
-A frame is `<length: 4 bytes, big endian> <kind: 1 byte> <payload>`. Text that is sent in place of a
-frame looks like a frame with a length above the bound. So such text is refused after at most five bytes.
+A frame is `<length: 4 bytes, big endian> <kind: 1 byte> <payload>`. If a printable text is sent in place of a frame, its
+first byte would be that of a length above the bound. So such a text is refused at its first byte.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def is_large(call: Call, layer: OwnerLayer) -> bool:
 
 
 def keys_of(call: Call) -> int:
-    """Return the number of keys in a call, with the keys of its check. Return 0 for a call that cannot have many keys."""
+    """Return the number of keys that a call names, with the keys of its check. Return 0 for a call that names at most one key."""
     if isinstance(call, SetMany):
         return len(call.values)
     if isinstance(call, DeleteMany):

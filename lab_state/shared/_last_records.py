@@ -59,7 +59,7 @@ class LastRecords:
             self._bytes -= len(self._records.popleft().data)
 
     def after(self, revision: int) -> list[bytes] | None:
-        """Return the records after a revision, oldest first; `None` if some of them were dropped.
+        """Return the records that end above a revision, oldest first; `None` if some of them are not kept.
 
         Also return `None` for a revision that the owner has not reached.
         """

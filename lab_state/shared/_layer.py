@@ -21,7 +21,7 @@ from lab_state._state import State
 from lab_state._state._contents import is_due
 
 Applied = Callable[[Collection[str] | None, int], object]
-"""A callback that gets the keys of a change and its revision. The keys are `None` if all keys were deleted first."""
+"""A callback that gets the keys of a change, or of a part of it, and its revision. The keys are `None` if all keys were deleted first."""
 
 
 class OwnerLayer(Layered):
@@ -33,7 +33,8 @@ class OwnerLayer(Layered):
 
     Attributes:
         copy: The durable state. Only records change it.
-        on_applied: A callback after each change; `None` if there is none. A sweep is a change, too.
+        on_applied: A callback for each change; `None` if there is none. A sweep is a change, too. If a change is made in steps,
+            the callback is called for each part.
     """
 
     __slots__ = ("_has_times", "_middle", "_middle_has_times", "_swept_at", "copy", "on_applied")
@@ -45,7 +46,7 @@ class OwnerLayer(Layered):
         self._middle = Layered(copy)
         # Whether any changed key expires: in the top map, and in the middle map. The layer has no index of expiries.
         self._has_times = self._middle_has_times = False
-        self._swept_at = 0  # the revision of the layer after the last sweep; 0 if that sweep found no key
+        self._swept_at = 0  # the revision of the layer after the last sweep; 0 if that sweep examined no key
         super().__init__(self._middle)
         self.skip_to(copy.revision)
         self.versions, self.versions_at = copy.versions, copy.versions_at
@@ -83,7 +84,7 @@ class OwnerLayer(Layered):
     def apply_in_steps(
         self, parts: Iterable[Mapping[str, StoredOrGone]], *, cleared: bool = False
     ) -> Generator[None, None, int]:
-        """Make many changes as one, part by part, and yield after each part. Return the number of changed keys.
+        """Make many changes as one, part by part, and yield after each part. Return the number of keys in all parts.
 
         Run all steps. Until then, other code must neither read nor change the layer, nor call `take`. It may call `landed` and `put_back`.
 

@@ -34,7 +34,7 @@ from lab_state.shared._order import OwnerOrder
 from lab_state.shared._wire import decode_from_owner, encode_for_owner
 
 _MOST_RECEIVED = 64 * 1024
-"""The largest number of bytes of records and answers that are handled in one step of the event loop."""
+"""The largest number of bytes that a link receives in one step of the event loop."""
 
 
 class ClientSide(Protocol):
@@ -74,7 +74,10 @@ class ClientSide(Protocol):
         ...
 
     def answers(self, answers: Sequence[Answer]) -> None:
-        """End the calls that were answered. All records up to the revisions of the answers were received before."""
+        """End the calls that were answered. All records up to the revisions of the answers were received before.
+
+        A refusal is the exception: its revision may not be durable yet.
+        """
         ...
 
     def revision(self, durable: int) -> None:
@@ -103,7 +106,8 @@ class Link:
     Attributes:
         heard: The owner's time in the last message, in nanoseconds; `None` before the first message.
         is_greeted: Whether an owner has answered the hello. Before that, the other end may be another program.
-        is_admitted: Whether calls can be sent: from a welcome that admits the client to the farewell or the end.
+        is_admitted: Whether calls can be sent: from a welcome that admits the client to the farewell or the end. The
+            `ClientSide` may set it to False, so that no call is sent.
     """
 
     def __init__(self, side: ClientSide, *, clock: Clock, log: Log) -> None:
@@ -145,9 +149,9 @@ class Link:
         self._timer = self._clock.call_later(LIFE, self._tick)
 
     def send_soon(self) -> None:
-        """Send the open calls at the end of this step of the event loop. So the calls of many tasks are sent together.
+        """Send what `ClientSide.calls_to_send` returns, after this step of the event loop. So the calls of many tasks are sent together.
 
-        Before the welcome, and after the end, do nothing.
+        If no calls can be sent, do nothing.
         """
         if self.is_admitted and not self._is_asked_soon:
             self._is_asked_soon = True

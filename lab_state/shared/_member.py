@@ -119,7 +119,7 @@ class Member(SharedCopy):
         return Election(files_of(around.storage), self._name, around.clock, self._config.owner_timeout)
 
     async def _follow_all(self) -> None:
-        """Follow one owner after the other, until this process is the owner or has left."""
+        """Follow one owner after another, until this process is the owner, has left, or has lost its state."""
         while self._owner is None:
             if (follower := self._follower) is not None:
                 await follower.over
@@ -330,6 +330,10 @@ class Member(SharedCopy):
         If there is no follower, the owner writes a checkpoint instead. If there is no owner, this process becomes the owner
         first. So the last process that stops writes the checkpoint.
 
+        Args:
+            timeout: The time limit in seconds for the answers, and for the search for a role. The last flush of an owner has
+                its own limit; see `Flusher.stop`.
+
         Raises:
             StorageError: Calls had no answer in time, or the last flush failed.
             LabStateError: This process has lost its state. Every write has raised the same error since then.
@@ -434,7 +438,7 @@ class Member(SharedCopy):
 
     @property
     def flusher(self) -> OwnerFlusher[Connection] | None:
-        """The flusher, if this process is the owner."""
+        """The flusher, if this process is the owner; otherwise `None`."""
         return None if self._owner is None else self._owner.flusher
 
     @property
@@ -449,12 +453,15 @@ class Member(SharedCopy):
 
     @property
     def followers(self) -> int | None:
-        """The number of followers, if this process is the owner."""
+        """The number of followers, if this process is the owner; otherwise `None`."""
         return None if self._owner is None else self._owner.server.followers
 
     @property
     def lag(self) -> float:
-        """The seconds since the last sign of life of the owner, or since its end; 0 in the owner. The copy may lack the changes of these seconds."""
+        """The seconds since the last sign of life of the owner, or since there is no owner; 0 in the owner.
+
+        The copy may lack the changes of these seconds.
+        """
         lost_at, follower = self._lost_at, self._follower  # read once: another thread may call this
         if lost_at is not None:
             return self._clock.monotonic() - lost_at

@@ -195,7 +195,7 @@ class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
 
 
 class Ok(_Answer, frozen=True, tag="ok"):
-    """The answer to a call that was executed. It may have had nothing to change."""
+    """The answer to a call that was executed. The call may have changed nothing."""
 
     revision: Count
     result: Raw
@@ -226,7 +226,7 @@ class Moved(_Answer, frozen=True, tag="moved"):
 
 
 class Failed(_Answer, frozen=True, tag="failed"):
-    """The answer to a call whose commit failed. The change may still become durable."""
+    """The answer to a call that made a change, or has read one, whose commit failed. The change may still become durable."""
 
     error: str
     message: str
@@ -257,7 +257,7 @@ class Expiries(NamedTuple):
 
 
 class Bye(NamedTuple):
-    """The last message of a client, with its acknowledgement. The owner confirms it with the number 0."""
+    """The last message of a client, with its acknowledgement. The owner confirms it with a `Bye(0)`, whose number is not sent."""
 
     number: int
 

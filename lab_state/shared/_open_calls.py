@@ -75,7 +75,8 @@ class OpenCalls(Generic[C]):
     """The open calls of one client, from its start to its stop.
 
     Attributes:
-        heard: The time in the last message that this client got from an owner, in nanoseconds; `None` before the first message.
+        heard: The time of an owner that the next hello contains, in nanoseconds; `None` if this client has heard nothing. It is
+            set at the end of a connection, and at a `Starting`; see `Follower.starting`.
         connection: The number of the connection, from 1; 0 before the first welcome.
     """
 
@@ -150,7 +151,10 @@ class OpenCalls(Generic[C]):
         return True
 
     def reconnect(self) -> list[OpenCall[C]]:
-        """Return the calls in the window, to send them on a new connection. Call this after a welcome that admits the client."""
+        """Return the calls in the window, to send them again.
+
+        Call this after a welcome that admits the client, and when this process becomes the owner.
+        """
         self.connection += 1
         for call in self.everything():
             call.reconnect()

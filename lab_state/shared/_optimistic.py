@@ -2,7 +2,7 @@
 
 A draft is a layer over the copy. Other calls change the copy meanwhile, and the draft notes the changed keys. All other
 keys still have their values from the beginning of the draft. So a read returns the value of the key at the beginning, or
-raises `ConflictError`. At the commit, the owner checks that none of the keys that were read has changed since then.
+raises `ConflictError`. At the commit, the owner checks that none of the keys that were read has changed since the beginning.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class OptimisticDraft(Draft):
     """A draft that notes which keys are read. Other calls may change the base meanwhile.
 
     Attributes:
-        read_at: The revision of the base at the beginning.
+        read_at: The revision of the base at the beginning, or that of the seed.
         keys: The keys that were read, including missing ones.
         prefixes: The prefixes whose keys were listed.
         has_conflict: Whether a `ConflictError` of this draft was raised.

@@ -60,7 +60,7 @@ class ClientOrder:
             self._check_call(message)
 
     def check_call(self, call: Call) -> None:
-        """Check the next message, which is a call. The result is that of `check`, which takes longer.
+        """Check the next message, which is a call. This does the same as `check`, and is faster.
 
         Raises:
             BadMessageError: The call is not allowed at this point.

@@ -12,7 +12,9 @@ _WRITTEN: ContextVar[dict[str, int] | None] = ContextVar("lab_state writes", def
 
 @contextmanager
 def noting_writes() -> Generator[dict[str, int]]:
-    """Note the writing calls to shared states that return in the block, and in tasks and threads that the block starts.
+    """Note the writing calls to shared states that return in the block, or in a task that the block starts.
+
+    Calls in a thread are noted if the thread uses a copy of the context of the block, as with `asyncio.to_thread`.
 
     The block gets a dict. For the name of each such state, the dict has a revision that includes these calls. A block inside
     the block has a separate dict.

@@ -240,7 +240,7 @@ class Owner:
 
     @property
     def durable_revision(self) -> int:
-        """The revision of the last record that was given to the server. Before the first record, it is the loaded revision."""
+        """The revision of the copy. Each record up to this revision was given to the server."""
         return self._copy.state.revision
 
     def greeting(self, hello: Hello) -> Welcome | Starting | No:

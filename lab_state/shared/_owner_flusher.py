@@ -174,7 +174,9 @@ class OwnerFlusher(Flusher, Generic[C]):
             TypeMismatchError: The stored value does not allow the call. Nothing was changed.
             InvalidValueError: The new value cannot be stored. Nothing was changed.
             FencedError: A newer writer owns the state; nothing was changed.
-            StorageError: The change, or a change that the call has read, is not durable yet, and may become durable later.
+            StorageError: The flush task has ended, and nothing was changed. Or the change, or a change that the call has read, is
+                not durable yet, and may become durable later.
+            RuntimeError: The caller runs on another event loop.
         """
         self._check_call()
         if self.is_busy or self.engine.is_large(call):
@@ -195,21 +197,24 @@ class OwnerFlusher(Flusher, Generic[C]):
     async def run(
         self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "", key: str | None = None
     ) -> tuple[R, int]:
-        """Run a function of the application, which makes one call, and wait until that call is durable.
+        """Run a function that makes one call, such as an `update`, and wait until that call is durable.
 
         Return the result of the function, and the revision of the call.
 
         If the call raises an error, raise this error when everything that the call has read is durable. If the caller
-        is cancelled, the call goes on.
+        is cancelled, the call goes on. But a call that still waits for a client (see `key`) is not made.
 
         Args:
             body: A function that gets calls on the layer and makes one of them. The call must not wait.
             prefix: The prefix of the keys of these calls.
-            key: The key of the call. If a client is about to make another attempt to change this key, wait for the client first.
+            key: The key of the call. If a client is about to make another attempt to change this key, wait for the client first,
+                for at most 10 ms.
 
         Raises:
             FencedError: A newer writer owns the state; nothing was changed.
-            StorageError: The change, or a change that the call has read, is not durable yet, and may become durable later.
+            StorageError: The flush task has ended, and nothing was changed. Or the change, or a change that the call has read, is
+                not durable yet, and may become durable later.
+            RuntimeError: The caller runs on another event loop.
         """
         self._check_call()
         if key is not None and self.engine.attempts.is_awaited(key):

@@ -5,7 +5,7 @@ and is sent to the owner. If the owner ends before it has answered, the call is 
 process becomes the next owner, it looks up its open calls in the table of results, and executes those that have no
 result there.
 
-`Member` informs the port about each connection, answer and record, and about the role of this process.
+`Member`, and its `Follower`, inform the port about each connection, answer and record, and about the role of this process.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ class SharedPort(DataCalls):
         return self.calls.acknowledgement
 
     def follow(self, send_soon: Callable[[], object], ask: Callable[[int], object]) -> None:
-        """Use a connection on which the owner knows this client. All open calls will be sent again.
+        """Use a connection on which the owner knows this client. The calls that have a number are sent again.
 
         Args:
             send_soon: A function that asks for `calls_to_send` later in this step.
@@ -320,7 +320,10 @@ class SharedPort(DataCalls):
                 yield from encode_for_owner(made) if body is None else encode_large_call(made, body)
 
     def answers(self, answers: Iterable[Answer]) -> None:
-        """End the calls that were answered. A call with the answer `Moved` stays open. The copy has already reached the revisions of the answers."""
+        """End the calls that were answered. A call with the answer `Moved` stays open.
+
+        The copy has already reached the revisions of the answers, except those of refusals.
+        """
         for answer in answers:
             call = self.calls.find(answer.n)
             if call is None:  # the call has ended before its answer
@@ -397,10 +400,11 @@ class SharedPort(DataCalls):
     # The end
 
     def give_up(self, since: float, why: str) -> None:
-        """End the calls that have waited for longer than `owner_timeout`.
+        """End the calls that have waited for an owner for `owner_timeout` seconds, also those of `catch_up`.
 
         Args:
-            since: The time since which there is no owner, or the owner is silent, in seconds of the clock.
+            since: The time since which there is no owner, or the owner is silent, in seconds of the clock. The wait of a call
+                begins at this time, or at the call if it was made later.
             why: The reason, for the message.
         """
         now = self._clock.monotonic()

@@ -43,7 +43,7 @@ class SendQueue:
     def put(self, parts: Iterable[bytes | memoryview]) -> bool:
         """Append a message, and return True. If the queue is full, append nothing, and return False.
 
-        A message that is larger than the bound is not counted. Only one such message may wait.
+        A message that is larger than the bound does not count toward the bound. Only one such message may wait.
         """
         parts = tuple(parts)
         size = sum(map(len, parts))

@@ -191,7 +191,8 @@ class RecordApplier:
     def apply(self, record: ParsedRecord) -> Outcome:
         """Apply a record to the copy in one step, and return the outcome.
 
-        With `MANY` keys or more, use `prepare` and `finish`. The copy has no untaken changes afterwards.
+        With many keys, this blocks the event loop; `prepare` and `finish` do the same in steps. The copy has no untaken
+        changes afterwards.
         """
         outcome = self.outcome(record)
         if outcome is Outcome.APPLIED:

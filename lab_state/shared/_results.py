@@ -1,6 +1,6 @@
 """The results of calls, kept until their client has acknowledged them. This module does no I/O.
 
-`ResultTable` has the results that records contained. Only records change it, so it is the same in each
+`ResultTable` has the results that records contained. After it was loaded, only records change it. So it is the same in each
 process at the same revision. `PendingResults` has the results of an owner that are not durable yet.
 A record contains them in its member `calls`::
 
@@ -53,7 +53,7 @@ class _Client:
 
 
 class ResultTable:
-    """The results that records contained, up to the revision of the last record."""
+    """The results that records contained, without those that their client has acknowledged."""
 
     def __init__(self) -> None:
         self._clients: dict[str, _Client] = {}

@@ -105,7 +105,7 @@ class Server:
         """Send the queued messages, for at most `seconds`, and then close everything, as `close` does.
 
         Messages that arrive after the beginning of the call are not handled. If the caller is cancelled, the
-        connections are closed at once. A second call during the first one closes them at once. A later call does nothing.
+        connections are closed at once. A second call during the first one closes the connections at once. A later call does nothing.
         """
         self.stop_accepting()
         try:

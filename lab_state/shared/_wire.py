@@ -90,7 +90,7 @@ _any_version = msgspec.json.Decoder(AnyVersion)
 
 _CHANGE = re.compile(rb'\["change",\d+,\d+,-?\d+,\[')
 _DELETE, _EXPIRES = b'},"delete":[', b'],"expires":{'
-"""Two of the texts between the members of a `MakeChanges` that have slices: `set`, `delete` and `expires`."""
+"""The text between `set` and `delete`, and the text between `delete` and `expires`, in a `MakeChanges` that is written in slices."""
 
 _CONTRADICTION = "a call whose changes contradict each other"
 
@@ -170,7 +170,11 @@ def encode_for_client(time: int, message: FromOwner) -> list[bytes]:
 
 
 def frame_of_record(time: int, record: Any) -> list[bytes]:
-    """Return the frame of a record, in parts. The bytes of the record are not copied."""
+    """Return the frame of a record, in parts. The bytes of the record are not copied.
+
+    Raises:
+        InvalidValueError: The record is too large.
+    """
     return frame(RECORD, _ONE.pack(time), record)
 
 
