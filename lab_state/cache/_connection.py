@@ -121,7 +121,7 @@ class Dialer:
             pool = cast("Any", ConnectionPool).from_url(url) if isinstance(url, str) else url
         except ValueError:
             raise ValueError(
-                "not a URL of Redis: it begins with redis://, rediss:// or unix://, and its options are redis-py's"
+                "not a URL of Redis: such a URL begins with redis://, rediss:// or unix://, and has the options of redis-py"
             ) from None
         self._pool = pool  # kept here, because a connection by Sentinel has only a weak reference to its pool
         self._make: Any = pool.connection_class
