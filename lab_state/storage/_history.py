@@ -53,7 +53,7 @@ class GoneError(StorageError):
 
 
 class Restoring(Protocol):
-    """A state that is being restored in place. Until `aclose`, no other writer can open it.
+    """A state that is being restored in place. Until `aclose`, a second writer is refused, or deposes this writer.
 
     Each method raises `StorageError` or a subclass.
     """

@@ -95,7 +95,7 @@ class S3Storage:
         history: Seconds | None = None,
         history_bytes: int | None = 1 << 30,
     ) -> None:
-        """Check and keep the settings. `open` or `read` imports the client, and sends the first request.
+        """Check and keep the settings. The first call that needs the store imports the client.
 
         Args:
             bucket: The name of the bucket, which must exist.

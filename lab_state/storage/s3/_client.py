@@ -267,7 +267,7 @@ class Requests:
         Args:
             key: The key.
             body: The bytes.
-            metadata: The metadata. Its item `WRITE_ID` must be a new id for this write.
+            metadata: The metadata. Its item `WRITE_ID` must be the id of this write. An object with this id counts as written.
             if_match: The ETag that the present object must have. With `None`, there must be no
                 object.
 

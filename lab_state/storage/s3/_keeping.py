@@ -158,7 +158,7 @@ class Keeper:
             if found.etag != expected.etag:
                 return False
             body = await spool.body()
-            # The copy has the write id of the object. So if there is an earlier copy, perhaps of another session, the copy succeeds.
+            # The copy has the write id of the object, or an id made from its ETag. So if there is an earlier copy, perhaps of another session, the copy succeeds.
             metadata = {WRITE_ID: f"of {found.etag}", **found.metadata}
             await self._store.put(target, body, metadata, None)
         except NotOursError:

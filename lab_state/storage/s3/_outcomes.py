@@ -1,6 +1,7 @@
 """The meaning of an answer of an object store, and the next step. This module does no I/O.
 
-Each conditional write has a different id, in the metadata of the object. So the object shows
+Each conditional write has an id, in the metadata of the object. The id is new for each write. Only a
+copy of an object has the id of that object, or an id made from its ETag. So the object shows
 whether the write took effect, even if the answer does not show this. The id is needed in two cases.
 First, an answer can be lost. Second, if a kept-alive connection breaks, the HTTP client can repeat a
 request by itself. The store then refuses the second request, because the first one has taken effect.
