@@ -55,8 +55,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
             checkpoint that succeeds does not remove their error.
         snapshot_bytes: The size of the snapshot, in bytes.
         journal_bytes: The size of the journal that follows the snapshot, in bytes.
-        history_failures: The number of times since the start that older files could not be added to the history. Each failure leaves a
-            hole, and the log has the reason. 0 without a history.
+        history_failures: The number of times since the start that older files or objects could not be added to the history. On
+            disk, each failure leaves a hole. In S3, none does. The log has the reason. 0 without a history.
         history_generations: The number of generations in the history, without the one in use; `None` if the storage keeps no
             history. It is counted at the start and after each checkpoint.
         history_bytes: The number of bytes of these generations; `None` if the storage keeps no history.
