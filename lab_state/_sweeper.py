@@ -47,9 +47,10 @@ class Sweeper:
         Args:
             state: The state.
             clock: The clock of the manager.
-            busy: A function that returns True while no sweep may run. If the state is not shared, this is while a transaction
-                is open, or no change can become durable. In a shared state, this is while the last sweep is not durable, or
-                a call is executed in steps. `resume` is called when such a transaction, commit or call has ended.
+            busy: A function that returns True while no sweep may run. If the state is not shared, no sweep may run while a
+                transaction is open, or while no change can become durable. In a shared state, no sweep may run while the last
+                sweep is not durable, or while a call is executed in steps. `resume` is called when such a transaction,
+                commit or call has ended.
             swept: A callback. It is called after each sweep that deleted keys.
             begun: A callback. It is called when a key gets an expiry, if no other key has one.
             layer: The state that a sweep changes; by default `state`. In a shared state, this is the `OwnerLayer`, and
@@ -86,10 +87,10 @@ class Sweeper:
     def resume(self) -> None:
         """Run the sweep that was postponed, if there is one.
 
-        This is called when `busy` may return False again. If the state is not shared, this is at the end of each transaction,
-        before the next one begins. In a shared state, this is after each successful commit, and after each call that was
-        executed in steps or has waited for such a call. A sweep that waited for the timer instead could find `busy` True
-        each time.
+        Call this when `busy` may return False again. If the state is not shared, call it at the end of each transaction,
+        before the next transaction begins. In a shared state, call it after each successful commit, and after each call
+        that was executed in steps or has waited for such a call. A sweep that waited for the timer instead could find
+        `busy` True each time.
         """
         if self._put_off:
             self._tick()

@@ -146,7 +146,8 @@ class Transaction(Plain):
     of changes in the transaction. Such a call may have to sort all keys of the state first; see `Manager.keys`.
 
     Raises:
-        RuntimeError: Each call raises it when the transaction is over.
+        RuntimeError: The transaction is over. Each call that reads or writes raises it; `items` does so at the first step.
+        ConflictError: In a shared state, the value to read was changed meanwhile; see `Manager.transaction`.
     """
 
     __slots__ = ("_core", "_prefix")

@@ -114,7 +114,7 @@ def open_ones(views: Views[V]) -> list[UndoView[V]]:
 
 
 def noted(views: Views[V], keys: Collection[str]) -> Iterator[None]:
-    """Call `note` of each open view with many keys, in steps, and yield between two steps.
+    """Call `note` of each open view with many keys, in steps, and yield after each step.
 
     At the end, each open view has the values of these keys, also a view that was opened between two steps. No other
     code may change these keys during the steps. After the last step, the caller must change the keys before other
