@@ -25,7 +25,7 @@ from lab_state.storage._worker import Threads, Worker
 R = TypeVar("R")
 
 _LOOK_EVERY = 0.005
-"""The seconds between two checks whether a view is closed. This is for views that do not belong to a checkpoint."""
+"""The seconds between two checks whether a view is closed. The view of a checkpoint needs no such checks."""
 
 
 class Backups:
@@ -112,8 +112,8 @@ class BackedUp:
             The revision of the state in the backup.
 
         Raises:
-            UnsupportedError: The path cannot be used: its directory is missing, a permission is missing, or one of the
-                things above is at the path. The message says which.
+            UnsupportedError: The path cannot be used: its directory is missing, a permission is missing, or a
+                directory, a link, a device or a file of a state is at the path. The message gives the reason.
             UnavailableError: The file could not be written, for example because the disk is full. The older backup is
                 unchanged, unless the message says that the sync of the directory failed. Or, in a shared state, there
                 was no sign of life of an owner for `Config.owner_timeout` seconds.

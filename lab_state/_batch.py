@@ -89,7 +89,10 @@ class Batch:
         self._older: tuple[dict[str, StoredOrGone], int] | None = None
 
     def before(self, key: str) -> None:
-        """Note that other code changes a key right after this call. `switch` then decides what the batch does to this key."""
+        """Note that other code changes a key right after this call.
+
+        `switch` then decides the effect of the batch on this key.
+        """
         self._late.add(key)
         self._changes.pop(key, None)
         self._moved.discard(key)

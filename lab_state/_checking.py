@@ -15,7 +15,7 @@ class Misfit(NamedTuple):
     Attributes:
         key: The key.
         path: The JSON path to the part that does not fit; `$` is the value itself.
-        expected: The type, and what is expected at the path. The text contains no value.
+        expected: The expected type, and the difference at the path. The text contains no value.
     """
 
     key: str
@@ -24,7 +24,7 @@ class Misfit(NamedTuple):
 
 
 def misfit(key: str, value: Value, type_: Any) -> Misfit | None:
-    """Return the reason why a stored value is not of a type; `None` if it is."""
+    """Return the reason why a stored value is not of a type; `None` if it is of the type."""
     try:
         decode_value(value, type_)
     except TypeMismatchError as error:

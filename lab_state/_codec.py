@@ -370,7 +370,8 @@ def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
     is_edited = meta.crc32 is None and _ID.fullmatch(meta.id) is not None  # lost bytes rarely leave a whole id
     if is_edited and meta.format == FORMAT and 0 <= meta.revision < _LAST_REVISION:
         return msgspec.structs.replace(meta, revision=meta.revision + 1)
-    # The member contains the checksum of all bytes before `,"crc32":"`. Continued over the remaining bytes, it must give `crc`.
+    # The member contains the checksum of all bytes before `,"crc32":"`. This checksum is continued over the other bytes.
+    # The result must be `crc`.
     end = SNAPSHOT_END.search(data, max(0, len(data) - SNAPSHOT_END_BYTES))
     claimed = end is not None and end[1].decode() == meta.crc32 and zlib.crc32(end[0], int(end[1], 16)) == crc
     if not claimed or meta.format != FORMAT or meta.revision < 0:

@@ -320,7 +320,10 @@ class Durability:
 
     @property
     def task_failure(self) -> str | None:
-        """The reason why the flush task ended before `stop()`; `None` if it did not, or if the state is fenced."""
+        """The reason why the flush task ended before `stop()`.
+
+        `None` if it has not ended before `stop()`, or if the state is fenced.
+        """
         return None if self.refusal is None or self.fenced else str(self.refusal)
 
     @property

@@ -85,7 +85,7 @@ class Flusher(Outcomes):
         self._committed = committed
         self._session = session
         self._abandoned = self._aborted = False
-        self.forgotten: finalize[Any, Any] | None = None  # closes the session if this object is collected while it runs
+        self.forgotten: finalize[Any, Any] | None = None  # closes the session if this object is collected before `stop`
         self._deadline = math.inf
         self._progress = Progress(lambda: session.progress)
         self._stop_error: LabStateError | None = None

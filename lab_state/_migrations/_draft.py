@@ -114,7 +114,7 @@ class MigrationCore(CallCore):
     """The core of the calls of one migration.
 
     Attributes:
-        refused: The key whose value was refused last; `None` if none was.
+        refused: The key whose value was refused last; `None` if no value was refused.
         changes: The changes of the draft; an empty dict after the end of the migration.
         beneath: The entries of the loaded state; an empty dict after the end of the migration.
         is_timed: Whether a key of the loaded state expires.

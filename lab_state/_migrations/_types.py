@@ -47,7 +47,7 @@ class Types:
         return None
 
     def misfit(self, key: str, value: Value) -> Misfit | None:
-        """Return the reason why a value is not of the type of its key; `None` if it is, or if the key has no type."""
+        """Return the reason why a value is not of the type of its key; `None` if it fits, or if the key has no type."""
         found = self.of(key)
         if found is None:
             return None
@@ -111,7 +111,7 @@ def _all_fit(values: Sequence[Value], type_: Any) -> bool:
         data = [value if isinstance(value, bytes | Raw) else encode(value) for value in values]
     try:
         decode_value(Json(b"[%b]" % b",".join(data)), list[type_])
-    except (TypeError, TypeMismatchError):  # such as a `TypeAdapter`, of which there is no list
+    except (TypeError, TypeMismatchError):  # for example, there is no list of a `TypeAdapter`
         return False
     return True
 

@@ -5,7 +5,7 @@ been added or removed since the last correction. A write only adds a key to this
 order, touched keys are looked up in the state, and then added to the sorted keys or removed from them.
 
 If few keys are touched, the call looks up all of them. If more are touched, an asynchronous call looks
-them up in steps. A synchronous call looks up a few, and corrects its result for the others. So each result
+them up in steps. A synchronous call looks up at most `FEW`, and corrects its result for the others. So each result
 is right, and the next call has less to do.
 
 A change of many keys gives its set of keys to the index in one short step. The larger one of this set and `_touched`
@@ -17,7 +17,7 @@ Therefore `_gone` has the keys that were removed since the last `take`. If no ke
 keys differs from the number of entries only if `set` has stored such a key.
 
 A large index is built in steps. The build takes the keys of the dict of entries, 2,000 in a step. If a key is added
-or removed before all are taken, the build takes all keys again in one step, which takes about 50 ms for a million. If
+or removed before all are taken, the build takes all keys again, in one step of about 50 ms for a million keys. If
 no key was added or removed, and all keys of the dict are in order already, they are only cut into chunks. Otherwise the
 keys are distributed to buckets, and each bucket is sorted. A sorted sample of the keys gives the bounds of the buckets.
 """

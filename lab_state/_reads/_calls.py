@@ -290,7 +290,7 @@ class Reads(Ranges):
         check_limit(limit)
         check_type(type)
         within = self._checked_range(prefix, None, None, reverse=False)
-        # With the type `object`, each value is passed to the function.
+        # `Pages` passes each value to the function, because the type is not `Any`.
         steps = Steps(
             StateSource(self._core, within, self._under(prefix)),
             Decoding(object, partial(_misfit_or_skipped, type_=type)),
@@ -485,7 +485,7 @@ class Reads(Ranges):
 
 
 def _misfit_or_skipped(key: str, stored: Value, type_: Any) -> Any:
-    """Return the reason why a value is not of a type; `SKIPPED` if it is."""
+    """Return the reason why a value is not of a type; `SKIPPED` if it is of the type."""
     found = misfit(key, stored, type_)
     return SKIPPED if found is None else found
 
