@@ -212,12 +212,12 @@ class Connection:
                     await self._connection.send_packed_command(piece, check_health=False)
 
     async def answers(self, count: int) -> list[Any]:
-        """Return the next `count` answers. If a command failed, its error is in the list. It is not raised."""
+        """Return the next `count` answers. The error of a command that failed is in the list, and is not raised."""
         with self.translated(), within(self.clock, self._timeout):
             return [await self._next() for _ in range(count)]
 
     async def read(self) -> Any:
-        """Wait for the next answer without a timeout. If a command failed, return its error. It is not raised."""
+        """Wait for the next answer without a timeout, and return it. If a command failed, return its error, and do not raise the error."""
         with self.translated():
             return await self._next()
 

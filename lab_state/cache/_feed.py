@@ -36,7 +36,8 @@ A running writer sends at least two messages in this time, but none during a fil
 _REPLAYED_AT_ONCE = 1000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _MOST_BYTES = 32 * 1024 * 1024
-"""The largest size of the messages of one step, in bytes. A larger step is not applied: the mirror is read again.
+"""The largest size of the messages of one step before its last message, in bytes. A larger step is not applied: the mirror is
+read again.
 
 A writer sends at most about 4 MiB of changes in one step, and a resync in place of the other changes. The writer only
 estimates this size: it counts a character of a key as one byte, and does not count expiry times. In JSON, a character has
@@ -56,8 +57,8 @@ class Feed:
         revision: The revision of the last message, or of the last head that was read, if the head has a higher revision. It
             is -1 while the subscription does not work, and until the first message or head.
         watchers: The watches that receive the changes.
-        moved: An event that is set when the revision or the local copy may have changed, and by `aclose`. It
-            is then replaced by a new one. Read the attribute again before each wait.
+        moved: An event that is set when the revision or the local copy may have changed, and by `aclose`. A new
+            event then replaces it. Read the attribute again before each wait.
     """
 
     def __init__(

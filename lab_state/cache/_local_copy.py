@@ -7,8 +7,8 @@ The reader has subscribed to the changes. It loads the copy in these steps:
 3. It reads all keys, in parts. Each part may have a different revision.
 4. It reads the head again, and sends a ping on the subscription. When the ping is answered,
    all messages up to the second head have arrived.
-5. It applies the kept messages after the revision of the first head. They contain every key that has
-   changed since then. So the copy is exactly at the revision of the last message.
+5. It applies the kept messages after the revision of the first head. These messages contain every key
+   that has changed since then. So the copy is exactly at the revision of the last message.
 
 After that, no message may start above the revision of the copy. If a message does, an earlier
 message was lost. Then the copy is not read until it is loaded again.

@@ -302,7 +302,7 @@ class MirrorWriter:
             self._spoilt_pauses.start()
 
     async def _replace(self, session: CacheSession, seen: Seen) -> None:
-        """Replace the mirror that `look` found by the present state. A checkpoint that is due cancels this."""
+        """Replace the mirror that `look` found by the present state. A checkpoint that is due cancels the fill."""
         state = self._flusher.shown
         views, revision, ahead = SnapshotViews(state), state.revision, _ahead(state)
         self._tried = revision

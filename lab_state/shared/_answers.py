@@ -76,7 +76,7 @@ def ended(answer: Ok | Raised | Refused | Failed, keys: list[str], connection: i
 
 
 def failure(answer: Failed) -> LabStateError:
-    """Return the error of a commit that failed. It has the message of the error in the owner."""
+    """Return the error of a commit that failed, with the message of the error in the owner."""
     return _ERRORS.get(answer.error, StorageError)(answer.message)
 
 

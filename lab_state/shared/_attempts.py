@@ -14,7 +14,7 @@ PATIENCE = 5_000_000
 
 
 class Attempts:
-    """The keys of refused checks, each of which awaits another attempt.
+    """The keys of checks that were refused lately. For each key, another attempt is awaited for `PATIENCE`.
 
     Attributes:
         on_made: A callback. It gets the key when an awaited attempt was made, and its check held.

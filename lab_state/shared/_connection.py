@@ -60,7 +60,7 @@ class OwnerSide(Protocol):
         ...
 
     def greeting(self, hello: Hello) -> Welcome | Starting | No:
-        """Return the answer to a hello. After `Starting`, this is called again each second, and by `Server.greet_waiting`."""
+        """Return the answer to a hello. After `Starting`, the connection asks again each second, and at `Server.greet_waiting`."""
         ...
 
     def admit(self, connection: Connection, hello: Hello) -> int:

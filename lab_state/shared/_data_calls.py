@@ -113,7 +113,7 @@ class DataCalls:
 
 
 def can_begin_key(prefix: str) -> bool:
-    """Return whether a text can be encoded as UTF-8. If it cannot, no key begins with it."""
+    """Return whether a text can be encoded as UTF-8. If it cannot be encoded, no key begins with it."""
     try:
         prefix.encode()
     except UnicodeEncodeError:

@@ -86,7 +86,7 @@ class OwnerLayer(Layered):
     ) -> Generator[None, None, int]:
         """Make many changes as one, part by part, and yield after each part. Return the number of keys in all parts.
 
-        Run all steps. Until then, other code must neither read nor change the layer, nor call `take`. It may call `landed` and `put_back`.
+        Run all steps. Until then, other code must neither read nor change the layer, nor call `take`. Calls of `landed` and `put_back` are allowed.
 
         Args:
             parts: The changes by key, in parts. A generator may compute a part from the layer, which has all earlier parts by then.

@@ -95,7 +95,7 @@ class ClientSide(Protocol):
     def ended(self, problem: BadMessageError | None) -> None:
         """Note the end of the connection. `problem` is the fault of the owner; `None` if there was none.
 
-        This is the last call, and is made at most once. After `Link.close` it is not made.
+        The link makes this call last, and at most once. After `Link.close`, the link does not make this call.
         """
         ...
 
@@ -131,7 +131,7 @@ class Link:
         return self._channel is not None and self._channel.is_open
 
     def open(self, connected: socket.socket, hello: Hello) -> None:
-        """Send the hello over a connected socket, and begin to receive. This does not wait for an answer.
+        """Send the hello over a connected socket, and begin to receive. Do not wait for an answer.
 
         The socket belongs to the link from now on. A link is opened once.
         """

@@ -251,7 +251,10 @@ class Question(NamedTuple):
 
 
 class Expiries(NamedTuple):
-    """A message that says whether a client has a watch. If any client has one, the owner deletes keys when they are due, and not only once a second."""
+    """A message that says whether a client has a watch.
+
+    If any client has a watch, the owner deletes keys when they are due, and not only once a second.
+    """
 
     are_watched: bool
 

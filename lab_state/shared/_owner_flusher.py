@@ -342,7 +342,7 @@ class OwnerFlusher(Flusher, Generic[C]):
 
     async def _finish(self) -> None:
         async with self._turn:
-            pass  # the call that is executed in steps ends before the last flush, and calls that wait for it are answered with "moved"
+            pass  # the call that is executed in steps ends before the last flush; waiting calls of clients are answered with "moved"
         await super()._finish()
 
     def _give_up(self, error: LabStateError) -> None:

@@ -1,6 +1,6 @@
 """Records of an owner, and the copies that they change.
 
-Each process has a copy: the durable state in its memory. After it was loaded, only records change it. The owner applies a record
+Each process has a copy: the durable state in its memory. After the copy was loaded, only records change it. The owner applies a record
 when its commit is durable, and a follower when it receives the record. Both use `RecordApplier`, so all copies
 are the same at the same revision, and each watch reports the same changes.
 """
