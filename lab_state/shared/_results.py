@@ -1,13 +1,13 @@
 """The results of calls, kept until their client has acknowledged them. This module does no I/O.
 
-`ResultTable` has the results that records contained. After the table was loaded, only records change it. So it is the same in each
-process at the same revision. `PendingResults` has the results of an owner that are not durable yet.
+`ResultTable` has the results that records contained. After the table was loaded, only records change it. So it is the
+same in each process at the same revision. `PendingResults` has the results of an owner that are not durable yet.
 A record contains them in its member `calls`::
 
     {"<client>":[17,{"18":true,"19":7}],"<other client>":null}
 
 The first item is the acknowledgement of the client: the number up to which the client needs no more answers. The second
-item has the results of its calls, by the number of the call. `null` means that the client is forgotten. In a
+item has the results of the calls of this client, by number. `null` means that the client is forgotten. In a
 snapshot, each result has its revision as well::
 
     {"<client>":[17,{"18":[43,true]}]}
