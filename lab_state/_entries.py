@@ -43,8 +43,8 @@ def size_of(stored: Value) -> int:
 class Expiring(Struct, frozen=True, gc=False):
     """A value with its expiry. When `State.now` has reached `at`, in milliseconds since 1970, the key no longer exists.
 
-    The garbage collector does not track an `Expiring`. A tracked value would make the dict of the state
-    tracked as well. Then each full collection would visit every key.
+    The garbage collector does not track an `Expiring`. Before Python 3.14, a tracked value would make the dict of
+    the state tracked as well. Then each full collection would visit every key.
     """
 
     value: Value
