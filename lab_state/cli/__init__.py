@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 
 MISSING_EXTRA = "lab-state: the command needs the extra `cli`: pip install 'lab-state[cli]'\n"
@@ -16,12 +17,17 @@ def main() -> None:
 
     Without the extra `cli`, print one line to stderr, and exit with the code 2.
     """
-    if any(importlib.util.find_spec(name) is None for name in ("click", "rich")):
-        sys.stderr.write(MISSING_EXTRA)
-        sys.exit(2)
     try:
+        if raises := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # An import may hide a `KeyboardInterrupt`. So until the subcommand begins, the kernel ends the process.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if any(importlib.util.find_spec(name) is None for name in ("click", "rich")):
+            sys.stderr.write(MISSING_EXTRA)
+            sys.exit(2)
         from lab_state.cli._app import run  # noqa: PLC0415 -- it imports click, which is an extra
 
+        if raises:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         run()
     except KeyboardInterrupt:  # before or after the subcommand itself, which has its own rule for Ctrl-C
         sys.exit(130)

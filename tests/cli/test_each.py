@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import importlib.util
 import logging
 import os
 import re
@@ -182,7 +183,7 @@ async def test_a_process_that_ignores_ctrl_c(place: Path) -> None:
 
 
 def test_an_interrupt_outside_of_a_subcommand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while the command is imported, or at its end, is code 130, too."""
+    """Ctrl-C right before or after a subcommand is code 130, too."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -191,6 +192,27 @@ def test_an_interrupt_outside_of_a_subcommand(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
+
+
+def test_an_interrupt_during_the_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the command is imported, the kernel handles Ctrl-C. Afterwards Ctrl-C is a `KeyboardInterrupt`, or ignored, as before."""
+    seen: list[object] = []
+
+    def find(_name: str) -> object:
+        seen.append(signal.getsignal(signal.SIGINT))
+        return object()
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    monkeypatch.setattr(_app, "run", lambda: seen.append(signal.getsignal(signal.SIGINT)))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for usual, imports in ((signal.default_int_handler, signal.SIG_DFL), (signal.SIG_IGN, signal.SIG_IGN)):
+            signal.signal(signal.SIGINT, usual)
+            main()
+            assert seen == [imports, imports, usual]
+            seen.clear()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
