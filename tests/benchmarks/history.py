@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import statistics
+from collections.abc import Awaitable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from measure import KEYS, VALUE, VALUES, Results, Scale, compare, flusher_of, key_of, percentile, stall, timed, together
+from stalls import watched
 
 from lab_state import Config, FileStorage, Manager
 
@@ -117,10 +122,34 @@ async def _backups(results: Results, state: Manager, directory: str, rounds: int
     mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     shown = f"{ratio:.2f} ({mine * 1e3:.0f} / {theirs * 1e3:.0f} ms)"
     results.add("a backup / a checkpoint", shown, "<= 1.5", met=ratio <= 1.5)
-    longest = statistics.median([await stall(backup()) for _ in range(5)])
+    steps = [await _longest_step(backup()) for _ in range(5)]
+    step = statistics.median(steps)
+    results.add("the longest step of the event loop in a backup", f"{step * 1e3:.1f} ms", "<= 5 ms", met=step <= 0.005)
+    # On a busy or virtual machine, the kernel takes the processor away for longer than any step takes. So a plain loop is the measure.
+    count = len(await state.keys())
+    gaps = [(await stall(backup()), await stall(_written_plainly(target, count))) for _ in range(5)]
+    mine, theirs = (statistics.median(side) for side in zip(*gaps, strict=True))
     results.add(
-        "the longest stall of the event loop during a backup",
-        f"{longest * 1e3:.1f} ms",
-        "<= 5 ms",
-        met=longest <= 0.005,
+        "a stall of the event loop during a backup / while a loop encodes and a thread writes",
+        f"{mine * 1e3:.1f} / {theirs * 1e3:.1f} ms",
+        "<= 5 ms, or <= 1.5 x",
+        met=mine <= max(0.005, 1.5 * theirs),
     )
+
+
+async def _longest_step(work: Awaitable[Any]) -> float:
+    """Return the processor time of the longest step of the event loop until `work` has ended."""
+    with watched() as steps:
+        await work
+    return steps.take()
+
+
+async def _written_plainly(target: Path, count: int) -> None:
+    """Write as many keys as a backup does, without lab_state: encode them in steps on the loop, and write and sync them in a thread."""
+    part = {key_of(number): VALUE for number in range(1_000)}
+    with target.open("wb", buffering=0) as file:
+        for _ in range(count // len(part)):
+            data = msgspec.json.encode(part)
+            await asyncio.to_thread(file.write, data)
+        await asyncio.to_thread(os.fsync, file.fileno())
+    target.unlink()
