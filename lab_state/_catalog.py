@@ -49,8 +49,9 @@ async def list_states(storage: Storage) -> list[StateInfo]:
 async def remove_state(name: str, storage: Storage, *, history: bool = False) -> None:
     """Remove a state that no manager has open.
 
-    The history stays, and the last generation is added to it. So `restore_state(name, storage, at, into=name)` brings the state back. A
-    storage without a history deletes the state permanently. With `history=True` the history is removed, too.
+    If the storage was made with `history=`, or if the state has a history, the last generation is added to the history, and the
+    history stays. So `restore_state(name, storage, at, into=name)` brings the state back. Otherwise the state is deleted
+    permanently. With `history=True` the history is removed, too. A damaged state is not added to the history on disk.
 
     On disk, the call deletes all files of the state except its lock and, without `history=True`, its history. It does not
     delete `<name>.damaged-<time>/`, nor files in the history that lab_state has not made. A crash during the call leaves the

@@ -96,10 +96,11 @@ class FileHistory:
 class FileCatalog:
     """The states in a directory; see `Catalog`."""
 
-    def __init__(self, directory: str, threads: Threads) -> None:
-        """Keep the settings of a storage."""
+    def __init__(self, directory: str, threads: Threads, *, keeps: bool) -> None:
+        """Keep the settings of a storage. `keeps` says whether the storage keeps a history."""
         self._directory = directory
         self._threads = threads
+        self._keeps = keeps
 
     async def states(self) -> list[FoundState]:
         """Return the states, sorted by name; see `Catalog.states`."""
@@ -107,7 +108,7 @@ class FileCatalog:
 
     async def remove(self, name: str, *, history: bool) -> None:
         """Remove a state; see `Catalog.remove`. If the caller is cancelled, the removal goes on."""
-        await self._run(remove_state, self._directory, name, history=history)
+        await self._run(remove_state, self._directory, name, history=history, keeps=self._keeps)
 
     async def _run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         thread = Worker(self._threads)

@@ -85,8 +85,8 @@ def _status(path: str) -> os.stat_result | None:
     return found if stat.S_ISREG(found.st_mode) else None
 
 
-def remove_state(directory: str, name: str, *, history: bool) -> None:
-    """Remove a state; see `Catalog.remove`.
+def remove_state(directory: str, name: str, *, history: bool, keeps: bool) -> None:
+    """Remove a state; see `Catalog.remove`. `keeps` says whether the storage keeps a history.
 
     Raises:
         StorageError: See `Catalog.remove`.
@@ -96,7 +96,7 @@ def remove_state(directory: str, name: str, *, history: bool) -> None:
         raise no_state(paths.snapshot, ": check the name and the directory")
     paths, lock = take_lock(directory, name, create=True)
     try:
-        if not history and not lookup.is_gone(paths.history):
+        if not history and (keeps or not lookup.is_gone(paths.history)):
             _keep_last(paths, name)
         _remove_files(paths, name)
         if history and not lookup.is_gone(paths.history):

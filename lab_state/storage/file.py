@@ -163,7 +163,7 @@ class FileStorage:
         return FileHistory(settings, self._start)
 
     def _catalog(self) -> FileCatalog:
-        return FileCatalog(self._directory, self._threads)
+        return FileCatalog(self._directory, self._threads, keeps=self._keeping is not None)
 
     def _shared_files(self) -> SharedFiles:
         return SharedFiles(self._directory, self._threads, self._load, create=self._create)

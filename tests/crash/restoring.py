@@ -1,7 +1,7 @@
 """A restore over a damaged state while its disk is recorded, and what a crash may leave of it.
 
 At each moment, each damaged file is where it was, or whole in a directory `<name>.damaged-<time>/`. The state is refused as
-before, or it is the restored one. No moment of the history is lost.
+before, or it is the restored one. No moment of the history is lost. A removal that keeps the history loses no moment either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recorder import DIRECTORY, NAME, Faults, Recorder, determined, recording
 from recovery import MEMORY, Recovery, ViolationError
 from world import QUIET, Clock, Version, abort, held
 
-from lab_state import Config, CorruptionError, FileStorage, Manager, StorageError, restore_state
+from lab_state import Config, CorruptionError, FileStorage, Manager, StorageError, remove_state, restore_state
 
 SNAPSHOT, JOURNAL = f"{DIRECTORY}/{NAME}.json", f"{DIRECTORY}/{NAME}.journal"
 WANTED = 2
@@ -204,6 +204,32 @@ def _is_somewhere(path: str, data: bytes, state: State) -> bool:
     name = PurePosixPath(path).name
     kept = [one for one in state if PurePosixPath(one).name == name and ".damaged-" in one]
     return any(state.get(one) == data for one in [path, *kept])
+
+
+def removal_problem(made: Made, *, has_history: bool, limit: int) -> tuple[str | None, int]:
+    """Remove a state by a storage that keeps a history.
+
+    Return what is wrong with the history after a crash, and the number of states that were looked at.
+    """
+    before = made.state if has_history else {path: data for path, data in made.state.items() if ".history" not in path}
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name, determined("removed"):
+        root = Path(name)
+        put(root, before)
+        recorder = Recorder(root)
+        with recording(recorder):
+            asyncio.run(remove_state(NAME, FileStorage(root / DIRECTORY, history=3600)))
+    empty = Chronicle(made.versions, frozenset())
+    chronicle = Chronicle(made.versions, empty.all_moments(before))
+    disk, dice, states = Disk(recorder.start), random.Random(1), 0
+    for entry in [*recorder.entries, None]:
+        for state in disk.states(limit, dice):
+            states += 1
+            problem = chronicle.problem(state)
+            if problem is not None:
+                return f"before {entry}: {problem}; the disk has {sorted(state)}", states
+        if entry is not None:
+            disk.apply(entry)  # type: ignore[arg-type]  # a removal makes no mark
+    return None, states
 
 
 Damage = Callable[[State], dict[str, bytes]]

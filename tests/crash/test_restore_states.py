@@ -11,9 +11,19 @@ from collections.abc import Callable, Iterator
 import pytest
 from explore import Plans, Recording, deaths, failing_syncs, full_disks
 from recovery import Recovery
-from restoring import DAMAGES, Check, Damage, Made, both_flipped, make, no_snapshot, record_restore
+from restoring import (
+    DAMAGES,
+    Check,
+    Damage,
+    Made,
+    both_flipped,
+    make,
+    no_snapshot,
+    record_restore,
+    removal_problem,
+)
 
-from lab_state.storage import _file_calls, _file_restore, _fs
+from lab_state.storage import _file_calls, _file_restore, _file_states, _fs
 from lab_state.storage._file_calls import FileRestoring
 from lab_state.storage._file_writer import Writer
 from lab_state.storage._protocol import SnapshotSource
@@ -80,6 +90,14 @@ def test_a_crash_after_a_fault(made: Made, recovery: Recovery, plans: Plans) -> 
 def _counts(made: Made, damaged: dict[str, bytes]) -> Recording:
     recorder = record_restore(made, damaged).recorder
     return Recording({}, [], [], counts=(recorder.calls, recorder.syncs, recorder.writes))
+
+
+@pytest.mark.parametrize("has_history", [False, True])
+def test_a_crash_during_a_removal(made: Made, *, has_history: bool) -> None:
+    """Each moment is in the files in use or in the history, even if the removal begins the history."""
+    problem, states = removal_problem(made, has_history=has_history, limit=LIMIT)
+    assert problem is None
+    assert states > 10
 
 
 # The test can fail
@@ -151,3 +169,10 @@ def test_a_bug_is_found(made: Made, recovery: Recovery, bug: Bug, *, is_synced: 
         bug(patch)
         restore = record_restore(made, both_flipped(made.state), is_synced=is_synced)
     assert Check(restore, recovery).violation(16, 1) is not None
+
+
+def test_a_removal_without_links_is_found(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the links, a removal loses moments."""
+    monkeypatch.setattr(_file_states, "_keep_last", lambda *_: None)
+    problem, _ = removal_problem(made, has_history=True, limit=LIMIT)
+    assert "are in no generation" in str(problem)

@@ -142,6 +142,15 @@ async def test_a_removed_state_can_be_restored(tmp_path: Path) -> None:
     assert await (await read_state("lab", storage)).get("a") == 2
 
 
+async def test_a_removal_begins_a_history(tmp_path: Path) -> None:
+    """The last generation is kept if the storage keeps a history, even if the state has no history yet."""
+    await fill(FileStorage(tmp_path))
+    storage = FileStorage(tmp_path, history=WEEK)
+    await remove_state("lab", storage)
+    assert (await list_generations("lab", storage))[-1].last_revision == 3
+    assert await (await read_state("lab", storage, at=3)).get("a") == 2
+
+
 async def test_removal_with_the_history(tmp_path: Path) -> None:
     """Foreign files stay, and their directory with them."""
     storage = FileStorage(tmp_path, history=WEEK)
