@@ -55,7 +55,8 @@ async def list_generations(name: str, storage: Storage) -> list[Generation]:
         InvalidNameError: The name is not allowed; see `Config.name`.
         TypeError: The name is not a `str`, or the storage is not a storage.
         UnsupportedError: There is no state of this name, and no history of it: check the name and the storage. Or the storage
-            is neither a `FileStorage` nor an `S3Storage`. Or a permission is missing.
+            is neither a `FileStorage` nor an `S3Storage`. Or a permission is missing, or a newer version of lab_state wrote the
+            files in use: use that version.
         CorruptionError: The files in use are damaged, and there is no history: restore a copy.
         UnavailableError: The list could not be read this time: call again.
     """

@@ -19,7 +19,7 @@ from lab_state.storage._generations import (
     text_of,
     window,
 )
-from lab_state.storage._history import FoundGeneration, GoneError, History, history_of
+from lab_state.storage._history import FoundGeneration, GoneError, History, Listing, history_of
 from lab_state.storage._protocol import Reading, Storage
 
 At: TypeAlias = int | datetime
@@ -106,18 +106,29 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
 
     Raises:
         ValueError: The moment is outside of the history, in a hole of it, or in the future.
+        UnsupportedError: The history does not have the moment, and the files in use cannot be read.
         CorruptionError: Each generation that has the moment is damaged.
         UnavailableError: Ten times in a row, the generation was pruned or replaced before it could be read.
         StorageError: See `History`.
     """
     history = history_of(storage)
     for _ in range(_MOST_LISTS):
-        listed = await generations(history, name)
+        listed = await listing(history, name)
         with contextlib.suppress(GoneError):  # the next list does not have the generation
-            return await _load_first(history, name, [find(listed, at, now), *_others(listed, at)], at)
+            return await _load_first(history, name, [_find(listed, at, now), *_others(listed.found, at)], at)
     raise UnavailableError(
         f"the history of {name!r} changed during each of {_MOST_LISTS} attempts to read it; read it again"
     )
+
+
+def _find(listed: Listing, at: At, now: float) -> FoundGeneration:
+    """Return the generation that has a moment. If none has it, the files in use may have it, so raise their error."""
+    try:
+        return find(listed.found, at, now)
+    except ValueError:
+        if listed.unreadable is None:
+            raise
+        raise listed.unreadable from None
 
 
 def _others(listed: list[FoundGeneration], at: At) -> list[FoundGeneration]:
@@ -143,15 +154,28 @@ async def generations(history: History, name: str) -> list[FoundGeneration]:
     """Return the generations of a state; at least one.
 
     Raises:
+        UnsupportedError: The files in use cannot be read, for example because a newer version of lab_state wrote them.
+        StorageError: See `listing`.
+    """
+    found, unreadable = await listing(history, name)
+    if unreadable is not None:
+        raise unreadable
+    return found
+
+
+async def listing(history: History, name: str) -> Listing:
+    """Return the generations of a state; at least one. If the files in use cannot be read, return the history.
+
+    Raises:
         CorruptionError: The state in use is damaged, and there is no history.
         StorageError: See `History.generations`.
     """
-    found = await history.generations(name)
-    if not found:
+    listed = await history.generations(name)
+    if not listed.found:
         raise CorruptionError(
             name, 0, "the files in use are damaged, and there is no earlier generation; restore a copy"
         )
-    return found
+    return listed
 
 
 async def _load_from(history: History, name: str, found: FoundGeneration, at: At) -> Decoded:
@@ -180,7 +204,7 @@ async def with_remedy(error: CorruptionError, name: str, storage: Storage) -> Co
     """
     try:
         history = history_of(storage)
-        found = await history.generations(name)
+        found = (await history.generations(name)).found
     except StorageError:
         return error
     for generation in reversed(found):

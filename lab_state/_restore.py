@@ -14,7 +14,7 @@ from lab_state._codec import LoadedState, encode_snapshot
 from lab_state._expiry import resumed
 from lab_state._loading import Decoded, load, view_of
 from lab_state._log import Log
-from lab_state._past import At, check_at, generations, load_at
+from lab_state._past import At, check_at, listing, load_at
 from lab_state.config import Config
 from lab_state.exceptions import CorruptionError
 from lab_state.storage._history import History, Restoring, history_of
@@ -92,7 +92,7 @@ async def restore_state(
     history = history_of(storage)
     if name != target:
         return await _restore_new(name, storage, moment, history, target, clock)
-    await generations(history, name)  # raises an error if there is no such state, before a lock file is created
+    await listing(history, name)  # raises an error if there is no such state, before a lock file is created
     restoring = await history.restoring(name)
     try:
         return await _restore_in_place(name, storage, moment, history, restoring, clock)
@@ -122,7 +122,7 @@ async def _restore_in_place(  # noqa: PLR0917 -- all are needed, and each means 
         present = await load(name, storage)
     except CorruptionError:
         is_damaged = True
-    reached = [one.span.last.revision for one in await history.generations(name)]
+    reached = [one.span.last.revision for one in (await history.generations(name)).found]
     revision = max(found.revision, await restoring.highest(), *reached) + 1
     time, before = _time(found, clock), None
     if present is not None and present.size:

@@ -78,7 +78,7 @@ async def _repaired(state: Target, storage: Storage) -> tuple[Salvaged, int, str
     restoring = await history.restoring(state.name)
     try:
         saved = await _salvaged(state, storage, restoring)
-        reached = [one.span.last.revision for one in await history.generations(state.name)]
+        reached = [one.span.last.revision for one in (await history.generations(state.name)).found]
         revision = max(saved.highest, await restoring.highest(), *reached) + 1
         now = resumed(saved.state.time, saved.state.wall, time.time())[0]
         source = snapshot_source(saved.state, revision, now, SystemClock())

@@ -21,7 +21,7 @@ from lab_state.storage._file_restore import (
 )
 from lab_state.storage._file_states import list_states, remove_state
 from lab_state.storage._file_writer import Writer
-from lab_state.storage._history import FoundGeneration, FoundState
+from lab_state.storage._history import FoundGeneration, FoundState, Listing
 from lab_state.storage._keeping import Keeping
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._protocol import Reading, Recovery, SnapshotSource, StorageSession
@@ -54,8 +54,8 @@ class FileHistory:
         self._settings = settings
         self._start = start
 
-    async def generations(self, name: str) -> list[FoundGeneration]:
-        """Return the generations that can be read, the oldest first; see `History.generations`."""
+    async def generations(self, name: str) -> Listing:
+        """Return the generations that can be read; see `History.generations`."""
         return await self._run(list_generations, self._settings.directory, name)
 
     async def read(self, name: str, generation: FoundGeneration) -> Reading:

@@ -33,7 +33,7 @@ from lab_state.storage._generations import (
     moment_of_snapshot,
     parse_name,
 )
-from lab_state.storage._history import FoundGeneration, GoneError
+from lab_state.storage._history import FoundGeneration, GoneError, Listing
 from lab_state.storage._protocol import Reading
 from lab_state.storage._reading import judge
 
@@ -53,7 +53,7 @@ class FileKey(NamedTuple):
     journal: str | None
 
 
-def list_generations(given_up: threading.Event, directory: str, name: str) -> list[FoundGeneration]:
+def list_generations(given_up: threading.Event, directory: str, name: str) -> Listing:
     """Return the generations of a state; see `History.generations`. For `given_up`, see `read_files`.
 
     Raises:
@@ -61,9 +61,9 @@ def list_generations(given_up: threading.Event, directory: str, name: str) -> li
     """
     paths = Paths.of(folder.absolute(directory), name)
     found: list[FoundGeneration] = []
-    missing: UnsupportedError | None = None
+    unreadable: UnsupportedError | None = None
     for _ in range(_MOST_LISTS):
-        in_use, found, missing = _listed(paths, name, given_up)
+        in_use, found, unreadable = _listed(paths, name, given_up)
         found = _in_order(found, None if in_use is None else in_use.span.first.revision)
         if in_use is None:
             break
@@ -75,27 +75,27 @@ def list_generations(given_up: threading.Event, directory: str, name: str) -> li
         if reached is in_use:
             break
         # The writer has made a checkpoint since the files in use were read. So the history may have later generations by now.
-    if missing is not None and not found:
-        raise missing
-    return found
+    if unreadable is not None and not found:
+        raise unreadable
+    return Listing(found, None if unreadable is None or unreadable.is_missing else unreadable)
 
 
 def _listed(
     paths: Paths, name: str, given_up: threading.Event
 ) -> tuple[FoundGeneration | None, list[FoundGeneration], UnsupportedError | None]:
-    """Return the generation in use, then those of the history, and the error if there is no state of this name.
+    """Return the generation in use, then those of the history, and the error if there is no state of this name, or if it cannot be read.
 
     The files in use come first: a generation that a checkpoint moves meanwhile is then found twice, and never missed.
     """
     in_use: FoundGeneration | None = None
-    missing: UnsupportedError | None = None
+    unreadable: UnsupportedError | None = None
     with _opened(paths.journal) as found_journal, _opened(paths.snapshot) as found_snapshot:
         try:
             with contextlib.suppress(CorruptionError):  # a call that needs this generation raises the error
                 in_use = _in_use(paths, name, found_journal, found_snapshot, given_up)
         except UnsupportedError as error:
-            missing = error
-        return in_use, _kept(paths, name), missing
+            unreadable = error
+        return in_use, _kept(paths, name), unreadable
 
 
 def read_generation(given_up: threading.Event, directory: str, name: str, generation: FoundGeneration) -> Reading:

@@ -30,6 +30,18 @@ class FoundGeneration(NamedTuple):
     key: object
 
 
+class Listing(NamedTuple):
+    """The generations of a state.
+
+    Attributes:
+        found: The generations that can be read, the oldest first. The one in use, if it can be read, is the last.
+        unreadable: Why the list lacks the generation in use, if that one is not damaged, but cannot be read; otherwise `None`.
+    """
+
+    found: list[FoundGeneration]
+    unreadable: UnsupportedError | None
+
+
 class FoundState(NamedTuple):
     """A state, as the storage has listed it.
 
@@ -96,15 +108,16 @@ class Restoring(Protocol):
 class History(Protocol):
     """The generations of the states of a storage."""
 
-    async def generations(self, name: str) -> list[FoundGeneration]:
-        """Return the generations that can be read, the oldest first. The one in use, if there is one, is the last.
+    async def generations(self, name: str) -> Listing:
+        """Return the generations that can be read.
 
         The call takes no lock, and works while a writer has the state open. It usually reads only the first and the last bytes
         of each file. If the state in use is damaged, or a newer version of lab_state wrote it, the list has only the older
-        generations, and may be empty.
+        generations. If it is damaged, the list may be empty.
 
         Raises:
-            UnsupportedError: There is neither a state of this name nor a history of it. Or a permission is missing.
+            UnsupportedError: There is neither a state of this name nor a history of it. Or a permission is missing. Or the state
+                in use cannot be read, and there is no older generation.
             UnavailableError: The list could not be read this time.
         """
         ...

@@ -27,12 +27,13 @@ from lab_state import (
     list_generations,
     read_state,
     remove_state,
+    restore_state,
 )
 from lab_state import _journal as journal
 from lab_state._journal import ANY_BASE, FrameKind
 from lab_state.storage import _file_history, _lookup, _new_journal
 from lab_state.storage._generations import parse_name
-from lab_state.storage._history import FoundGeneration, history_of
+from lab_state.storage._history import FoundGeneration, Listing, history_of
 from lab_state.testing import ManualClock
 
 NAIVE = datetime(2023, 11, 14, 22, 13, 20)  # noqa: DTZ001 -- this is the subject
@@ -343,6 +344,31 @@ async def test_memory_keeps_no_history() -> None:
             await call
 
 
+async def test_a_state_of_a_newer_version(tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not listed as a removed one. The history can be read. A moment that only the newer files may have is an error."""
+    await make_history(tmp_path, clock)
+    async with Manager("lab", FileStorage(tmp_path), clock=clock) as state:
+        await state.set("a", 1)
+    path = tmp_path / "lab.journal"
+    head = journal.read_header(path.read_bytes(), "lab", str(path))
+    monkeypatch.setattr(journal, "FORMAT", 2)
+    newer = journal.header("lab", head.salt, head.base)
+    monkeypatch.undo()
+    path.unlink()
+    path.write_bytes(newer)
+    with pytest.raises(UnsupportedError, match="journal format 2"):
+        await list_generations("lab", FileStorage(tmp_path))
+    assert (await get(tmp_path, clock, 12))[0] == 12
+    with pytest.raises(UnsupportedError, match="journal format 2"):
+        await get(tmp_path, clock, 13)
+    restored = await restore_state("lab", FileStorage(tmp_path), 12, into="copy")
+    assert restored.revision == 12
+    for file in history(tmp_path):
+        file.unlink()
+    with pytest.raises(UnsupportedError, match="journal format 2"):
+        await get(tmp_path, clock, 12)
+
+
 async def test_a_damaged_state_in_use(tmp_path: Path, clock: ManualClock) -> None:
     """The history can be listed and read. A moment that only the damaged files may have is an error that says so."""
     await make_history(tmp_path, clock)
@@ -469,7 +495,7 @@ class Beside:
         self.change = change
         self.lists = 0
 
-    async def generations(self, name: str) -> list[FoundGeneration]:
+    async def generations(self, name: str) -> Listing:
         found = await self.inner.generations(name)
         self.lists += 1
         await self.change()

@@ -110,7 +110,7 @@ async def test_reading_changes_nothing(bucket: Bucket, proxy: Proxy, clock: Manu
     history = history_of(bucket.storage(proxy.url))
     generations = await history.generations(NAME)
     listing = len(proxy.seen) - before
-    await history.read(NAME, generations[1])
+    await history.read(NAME, generations.found[1])
     assert len(proxy.seen) - before - listing == 1 + 4  # the snapshot, three records and a fence
 
 
@@ -407,10 +407,10 @@ async def test_a_generation_that_is_pruned(bucket: Bucket, proxy: Proxy, clock: 
     found = await list_generations(NAME, bucket.storage(proxy.url))
     assert [(one.first_revision, one.last_revision) for one in found] == [(0, 12), (12, 18), (18, 18)]
     with pytest.raises(GoneError, match="was pruned"):
-        await history.read(NAME, generations[1])
+        await history.read(NAME, generations.found[1])
     bucket.delete(next(key for key, size in bucket.keys(JOURNAL).items() if size))
     with pytest.raises(GoneError, match=r"past\.journal/ was pruned"):
-        await history.read(NAME, generations[0])
+        await history.read(NAME, generations.found[0])
     assert second in copies(bucket)
 
 

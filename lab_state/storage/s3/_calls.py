@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from lab_state.storage._history import FoundGeneration, FoundState
+from lab_state.storage._history import FoundGeneration, FoundState, Listing
 from lab_state.storage._protocol import Reading, StorageSession
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ class S3History:
         self._opened = opened
         self._open_session = open_session
 
-    async def generations(self, name: str) -> list[FoundGeneration]:
-        """Return the generations that can be read, the oldest first; see `History.generations`."""
+    async def generations(self, name: str) -> Listing:
+        """Return the generations that can be read; see `History.generations`."""
 
-        async def work(store: Requests, names: Names) -> list[FoundGeneration]:
+        async def work(store: Requests, names: Names) -> Listing:
             from lab_state.storage.s3._generations import list_generations
 
-            return await list_generations(store, names)
+            return Listing(await list_generations(store, names), unreadable=None)
 
         return await self._run(name, work)
 
