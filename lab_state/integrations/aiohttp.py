@@ -49,9 +49,11 @@ def setup(app: web.Application, *served: Manager | Reader) -> None:
 
     Raises:
         ValueError: There is no manager and no reader, or two have the same name.
-        TypeError: An argument is neither a manager nor a reader.
-        RuntimeError: The application is running.
+        TypeError: `app` is not an application of aiohttp, or an argument is neither a manager nor a reader.
+        RuntimeError: The application is running, or is already a sub-application of another one. Nothing was changed: call
+            `setup` earlier.
     """
+    _check_open("setup", app)
     named = by_name(served)
     known = _own(app)
     for one in named.values():
@@ -70,6 +72,21 @@ def setup(app: web.Application, *served: Manager | Reader) -> None:
             stop.set()
 
         app.on_shutdown.append(stopping)  # aiohttp calls this before it waits for its connections
+
+
+def _check_open(call: str, app: object) -> None:
+    """Check that an application can still be changed. `call` is the name of the function that got it, for the message.
+
+    Raises:
+        TypeError: The argument is not an application.
+        RuntimeError: The application is running, or is a sub-application of another one.
+    """
+    if not isinstance(app, web.Application):
+        raise TypeError(f"{call}() needs an aiohttp.web.Application, not {type(app).__name__}")
+    if app.pre_frozen:
+        raise RuntimeError(
+            f"{call}() came too late for {app!r}: call it before the application starts, and before it is added to another one"
+        )
 
 
 def _own(app: web.Application) -> dict[str, Served]:
@@ -159,10 +176,12 @@ def errors(app: web.Application, *, retry_after: int = 1) -> None:
         retry_after: The number of seconds after which a client may try again, 0 or more.
 
     Raises:
-        TypeError: `retry_after` is not a whole number.
+        TypeError: `app` is not an application of aiohttp, or `retry_after` is not a whole number.
         ValueError: `retry_after` is below 0.
-        RuntimeError: The application is running.
+        RuntimeError: The application is running, or is already a sub-application of another one. Nothing was changed: call
+            `errors` earlier.
     """
+    _check_open("errors", app)
     app.middlewares.insert(0, _answering(check_retry_after(retry_after)))
 
 

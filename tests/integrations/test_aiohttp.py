@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from lab_state import Config, Manager, MemoryStorage, UnavailableError
-from lab_state.integrations.aiohttp import SERVED, health, manager, setup
+from lab_state.integrations.aiohttp import SERVED, errors, health, manager, setup
 from lab_state.testing import FaultyStorage, ManualClock
 
 
@@ -120,6 +120,37 @@ async def test_started_in_one_task_and_stopped_in_another() -> None:
     assert state.status().phase == "running"
     await asyncio.create_task(runner.cleanup())
     assert state.status().phase == "stopped"
+
+
+@pytest.mark.parametrize("make_late", ["started", "added"])
+async def test_a_call_that_comes_too_late(make_late: str) -> None:
+    """It is refused at a running application, and at a sub-application that was added. The application stays as it was."""
+    app = web.Application()
+    if make_late == "started":
+        setup(app, make("a"))
+        app.router.add_get("/health", health())
+    else:
+        web.Application().add_subapp("/sub/", app)
+    runner = web.AppRunner(app)
+    if make_late == "started":
+        await runner.setup()
+    too_late = r"came too late for .*: call it before the application starts"
+    with pytest.raises(RuntimeError, match=too_late):
+        setup(app, make("b"))
+    with pytest.raises(RuntimeError, match=too_late):
+        errors(app)
+    found = [name for name in ("a", "b") if SERVED in app and name in app[SERVED]]
+    assert found == (["a"] if make_late == "started" else [])
+    await runner.cleanup()
+
+
+async def test_an_argument_that_is_no_application() -> None:
+    """The error names the call."""
+    wrong: Any = 3
+    with pytest.raises(TypeError, match=r"^setup\(\) needs an aiohttp\.web\.Application, not int$"):
+        setup(wrong, make("a"))
+    with pytest.raises(TypeError, match=r"^errors\(\) needs an aiohttp\.web\.Application, not int$"):
+        errors(wrong)
 
 
 async def test_two_managers_of_one_name_are_an_error_at_once() -> None:
