@@ -139,18 +139,20 @@ class OwnerFlusher(Flusher, Generic[C]):
         """Whether a call is executed in steps. Then other calls wait for their turn, and so does the next commit."""
         return self._turn.locked()
 
-    async def in_turn(self, steps: Callable[[], Generator[None, None, R]]) -> R:
+    async def in_turn(self, steps: Callable[[], Generator[None, None, R]], key: str | None = None) -> R:
         """Wait until no other call is executed in steps. Then run the given steps, and return their result.
 
-        If the caller is cancelled, the steps are run nevertheless.
+        If the caller is cancelled, the steps are run nevertheless. For `key`, see `run`.
         """
-        task = asyncio.create_task(self._run_in_turn(steps), name=f"lab_state {self._name} call")
+        task = asyncio.create_task(self._run_in_turn(steps, key), name=f"lab_state {self._name} call")
         self._in_steps.add(task)  # the event loop keeps only a weak reference
         task.add_done_callback(self._in_steps.discard)
         return await asyncio.shield(task)
 
-    async def _run_in_turn(self, steps: Callable[[], Generator[None, None, R]]) -> R:
+    async def _run_in_turn(self, steps: Callable[[], Generator[None, None, R]], key: str | None) -> R:
         try:
+            if key is not None:
+                await self._let_go_first(key)
             async with self._turn:
                 return await run_whole(steps())
         finally:
@@ -202,7 +204,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         Return the result of the function, and the revision of the call.
 
         If the call raises an error, raise this error when everything that the call has read is durable. If the caller
-        is cancelled, the call goes on. But a call that still waits for a client (see `key`) is not made.
+        is cancelled, the call goes on.
 
         Args:
             body: A function that gets calls on the layer and makes one of them. The call must not wait.
@@ -217,11 +219,8 @@ class OwnerFlusher(Flusher, Generic[C]):
             RuntimeError: The caller runs on another event loop.
         """
         self._check_call()
-        if key is not None and self.engine.attempts.is_awaited(key):
-            await self._let_go_first(key)
-            self._check_call()
-        if self.is_busy:
-            executed = await self.in_turn(partial(self._run_once, body, prefix))
+        if self.is_busy or (key is not None and self.engine.attempts.is_awaited(key)):
+            executed = await self.in_turn(partial(self._run_once, body, prefix), key)
         else:
             executed = self.engine.run(body, prefix)
             self.engine.own(executed)
