@@ -42,7 +42,7 @@ class RedisCache:
         Raises:
             ImportError: The extra is missing: `pip install 'lab-state[redis]'`, or
                 `pip install '.[redis]'` in a clone of lab_state.
-            ValueError: `url` is not a URL of Redis.
+            ValueError: `url` is not a URL of Redis, or `prefix` has a lone surrogate.
             TypeError: An argument has the wrong type.
         """
         try:
@@ -56,6 +56,10 @@ class RedisCache:
         check_clock(clock)
         self._dialer = Dialer(url)
         self._prefix = check_prefix(prefix)
+        try:
+            self._prefix.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the prefix {prefix!r} has a lone surrogate, which UTF-8 cannot hold") from None
         self._clock: Clock = SystemClock() if clock is None else clock
 
     def __repr__(self) -> str:

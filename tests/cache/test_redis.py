@@ -63,6 +63,12 @@ async def test_the_layout(redis_server: Any, until: Any) -> None:
         assert sorted(redis_server.call("KEYS", "*")) == [VALUES.encode(), EXPIRES.encode()]
 
 
+def test_a_prefix_that_redis_cannot_have() -> None:
+    """The constructor refuses it, and not a later call."""
+    with pytest.raises(ValueError, match=r"^the prefix '\\ud800' has a lone surrogate"):
+        RedisCache("redis://localhost", prefix="\ud800")
+
+
 async def test_prefix_and_database(redis_server: Any) -> None:
     """The prefix is a setting, and the database is the URL's."""
     cache = RedisCache(f"{redis_server.url}/3?socket_timeout=2", prefix="other:")
