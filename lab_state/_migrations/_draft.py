@@ -199,8 +199,8 @@ class MigrationDraft(Plain):
                 return
             stored = encode_plain(value)
         except InvalidValueError as error:
-            core.refused = key
-            raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
+            core.refused = refused = check_key(self._calls._full(key))  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
+            raise InvalidValueError(f"the value of {refused!r}: {error.args[0]}", error.path) from None
         full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
         changes, state = core.changes, core.state
         if full not in changes and full not in core.beneath:

@@ -210,6 +210,18 @@ async def test_a_migration_that_raises(
     assert view.revision == 4
 
 
+@pytest.mark.parametrize("more", [{}, {"ttl": -1}])
+async def test_a_value_that_is_refused_in_a_namespace(
+    storage: MemoryStorage, clock: ManualClock, more: dict[str, Any]
+) -> None:
+    """The error has the whole key."""
+    await filled(storage, clock)
+    value = 1 if more else object()
+    with pytest.raises(MigrationError, match="the value of 'users/a': ") as error:
+        await migrated(storage, clock, lambda draft: draft.namespace("users").set("a", value, **more))
+    assert error.value.key == "users/a"
+
+
 async def returns_a_coroutine() -> None: ...
 
 
