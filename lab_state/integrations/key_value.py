@@ -188,8 +188,9 @@ class LabStateStore:
         """
         prefix = f"{self._collection(collection)}/"
         most = _limit(limit)
-        found = [] if most == 0 else await self._namespace.keys(prefix, limit=most)
-        return [self._text(place, place[len(prefix) :], "key") for place in found]
+        # With a limit of 0, the namespace is called, too: it raises an error while the manager does not run.
+        found = await self._namespace.keys(prefix, limit=None if most is None else max(1, most))
+        return [self._text(place, place[len(prefix) :], "key") for place in found[:most]]
 
     async def collections(self, *, limit: int | None = None) -> list[str]:
         """Return up to `limit` collections that have a key, in no particular order. With `None`, return all of them.

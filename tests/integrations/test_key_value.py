@@ -377,7 +377,14 @@ async def test_a_write_that_is_not_durable_yet(clock: ManualClock) -> None:
 async def test_a_stopped_manager(store: LabStateStore, state: Manager) -> None:
     """The store does not own the manager. When the manager is stopped, every call is a `ClosedError`."""
     await state.stop()
-    for call in (store.get("key"), store.put("key", ONE), store.keys(), store.destroy(), store.ttl("key")):
+    for call in (
+        store.get("key"),
+        store.put("key", ONE),
+        store.keys(),
+        store.destroy(),
+        store.ttl("key"),
+        store.keys(limit=0),
+    ):
         with pytest.raises(ClosedError):
             await call
 
