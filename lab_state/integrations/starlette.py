@@ -176,9 +176,14 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
         retry_after: The number of seconds after which a client may try again, 0 or more.
 
     Raises:
-        TypeError: `retry_after` is not a whole number.
+        TypeError: `app` is not an application of Starlette, or `retry_after` is not a whole number.
         ValueError: `retry_after` is below 0.
+        RuntimeError: The application is running, so it would not use the handlers. Nothing was changed: call `errors` earlier.
     """
+    if not isinstance(app, Starlette):
+        raise TypeError(f"errors() needs a Starlette or FastAPI application, not {type(app).__name__}")
+    if app.middleware_stack is not None:
+        raise RuntimeError(f"errors() came too late for {app!r}: call it before the application starts")
     seconds = check_retry_after(retry_after)
 
     async def answer(connection: Request | WebSocket, error: Exception) -> Response | None:

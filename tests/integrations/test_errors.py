@@ -228,6 +228,19 @@ def test_retry_after_is_checked_at_once(errors: Callable[..., Any]) -> None:
     errors(app, retry_after=0)
 
 
+def test_starlette_errors_needs_an_application_that_does_not_run() -> None:
+    """A running application would not use the handlers."""
+    wrong: Any = 3
+    with pytest.raises(TypeError, match=r"^errors\(\) needs a Starlette or FastAPI application, not int$"):
+        for_starlette.errors(wrong)
+    app = Starlette()
+    app.middleware_stack = app.build_middleware_stack()
+    before = dict(app.exception_handlers)
+    with pytest.raises(RuntimeError, match=r"errors\(\) came too late for .*: call it before the application starts"):
+        for_starlette.errors(app)
+    assert dict(app.exception_handlers) == before
+
+
 # A response that has begun, and WebSockets
 
 
