@@ -92,17 +92,22 @@ def check_on_mismatch(on_mismatch: object) -> bool:
     return on_mismatch == "skip"
 
 
-def check_limit(limit: object) -> None:
+def check_limit(limit: object, *, or_none: bool = True) -> None:
     """Check a `limit` other than `None`: the largest number of keys that a call returns.
+
+    Args:
+        limit: The limit.
+        or_none: Whether the call also takes `None`, for the message.
 
     Raises:
         TypeError: The limit is not an `int`.
         ValueError: The limit is below 1.
     """
     if isinstance(limit, bool) or not isinstance(limit, int):
-        raise TypeError(f"limit must be an int of 1 or more, or None for all keys, not {type(limit).__name__}")
+        also = ", or None for all keys" if or_none else ""
+        raise TypeError(f"limit must be an int of 1 or more{also}, not {type(limit).__name__}")
     if limit < 1:
-        raise ValueError(f"limit must be 1 or more, not {limit}; None returns all keys")
+        raise ValueError(f"limit must be 1 or more, not {limit}{'; None returns all keys' if or_none else ''}")
 
 
 def milliseconds(ttl: Seconds) -> int:

@@ -287,7 +287,7 @@ class Reads(Ranges):
             ValueError: `limit` is below 1.
             ClosedError: The manager is not running, or was stopped during the steps.
         """
-        check_limit(limit)
+        check_limit(limit, or_none=False)
         check_type(type)
         within = self._checked_range(prefix, None, None, reverse=False)
         # `Pages` passes each value to the function, because the type is not `Any`.

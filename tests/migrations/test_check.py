@@ -176,6 +176,16 @@ async def test_a_reader_skips(local: bool) -> None:  # noqa: FBT001 -- a paramet
                 await reader.get_all("users/", type=User)
 
 
+async def test_the_limit_of_a_check() -> None:
+    """It is a number. The messages do not offer `None`, which `check` does not take."""
+    wrong: Any = None
+    async with Manager("people", MemoryStorage()) as state:
+        with pytest.raises(TypeError, match=r"^limit must be an int of 1 or more, not NoneType$"):
+            await state.check(type=int, limit=wrong)
+        with pytest.raises(ValueError, match=r"^limit must be 1 or more, not 0$"):
+            await state.check(type=int, limit=0)
+
+
 async def test_typed_writes() -> None:
     """Under the prefixes of `types` each write refuses a value that is not of its type. Other keys take any value."""
     schema = Schema(1, types={"users/": User, "n": int})
