@@ -197,9 +197,8 @@ def check_callable(call: str, fn: object) -> None:
         TypeError: `fn` cannot be called.
     """
     if not callable(fn):
-        raise TypeError(
-            f"{call}() needs a function, not {type(fn).__name__}; set() and set_if_absent() store a value without one"
-        )
+        advice = "" if call == "transact" else "; set() and set_if_absent() store a value without one"
+        raise TypeError(f"{call}() needs a function, not {type(fn).__name__}{advice}")
 
 
 def name_of(fn: object) -> str:
