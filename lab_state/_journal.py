@@ -71,6 +71,9 @@ class Header(msgspec.Struct, frozen=True):
     wall: int = 0
 
 
+_decode_header = msgspec.json.Decoder(Header).decode
+
+
 class Frame(NamedTuple):
     """A frame that follows the header."""
 
@@ -299,17 +302,16 @@ def read_start(data: bytes, name: str, path: str) -> tuple[Header, FrameHead | N
 
 def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
     """Return the header and the offset after it. Verify the checksum of the header with the salt that is in the header."""
-    bad_line = CorruptionError(path, 0, "its first line is not a valid journal header; restore a copy")
     line = _FRAME.match(data)
-    if line is None or line[4] != FrameKind.HEADER.value.encode():
-        raise bad_line
+    if line is None or line[4] != _LETTERS[FrameKind.HEADER]:
+        raise _bad_line(path)
     try:
-        head = msgspec.json.decode(data[line.end() : line.end() + int(line[3])], type=Header)
+        head = _decode_header(data[line.end() : line.end() + int(line[3])])
     except NOT_JSON:
-        raise bad_line from None
+        raise _bad_line(path) from None
     found = _frame_at(data, 0, head.salt)
     if found is None:
-        raise bad_line
+        raise _bad_line(path)
     if head.format != FORMAT:
         raise UnsupportedError(
             f"{path} has journal format {head.format}, and this version of lab_state knows {FORMAT}: "
@@ -318,6 +320,10 @@ def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
     if head.name != name:
         raise CorruptionError(path, 0, f"it is the journal of {head.name!r}, not of {name!r}; put the right file back")
     return head, found[2]
+
+
+def _bad_line(path: str) -> CorruptionError:
+    return CorruptionError(path, 0, "its first line is not a valid journal header; restore a copy")
 
 
 def _frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int] | None:

@@ -22,7 +22,6 @@ from lab_state.storage._directory import Paths
 from lab_state.storage._file_reader import is_held, read_files
 from lab_state.storage._fs_read import OpenFile, open_to_read
 from lab_state.storage._generations import (
-    HistoryFile,
     Moment,
     Span,
     StoredGeneration,
@@ -280,18 +279,18 @@ def _kept(paths: Paths, name: str) -> list[FoundGeneration]:
 
 def _found(paths: Paths, name: str, generation: StoredGeneration) -> FoundGeneration | None:
     """Return one generation with its last moment. Return `None` if it was pruned, or cannot be read."""
-    snapshot, first = generation.snapshot, Moment(generation.first, generation.wall)
-    size = 0
+    first, size = Moment(generation.first, generation.wall), 0
+    snapshot = None if generation.snapshot is None else format_name(generation.snapshot)
     if snapshot is not None:
-        status = _status(paths, snapshot)
+        status = _status(f"{paths.history}/{snapshot}")
         if status is None:
             return None
         size = status.st_size
         if not first.wall:
             first = first._replace(wall=status.st_mtime_ns // 1_000_000)
     last, longest = first, None
-    for file in generation.journals:
-        with _opened(f"{paths.history}/{format_name(file)}") as found:
+    for file in map(format_name, generation.journals):
+        with _opened(f"{paths.history}/{file}") as found:
             if found is None:
                 return None  # the generation is being pruned, and its snapshot is deleted next
             size += found.status.st_size
@@ -300,11 +299,7 @@ def _found(paths: Paths, name: str, generation: StoredGeneration) -> FoundGenera
                 last, longest = moment, file
     if snapshot is None and longest is None:
         return None
-    key = FileKey(
-        generation.files[0].base,
-        None if snapshot is None else format_name(snapshot),
-        None if longest is None else format_name(longest),
-    )
+    key = FileKey(generation.files[0].base, snapshot, longest)
     return FoundGeneration(Span(first, last), size, in_use=False, key=key)
 
 
@@ -318,8 +313,8 @@ def _last_of(name: str, file: OpenFile, first: Moment) -> Moment | None:
     return _last(file, start, head.salt, first)
 
 
-def _status(paths: Paths, file: HistoryFile) -> os.stat_result | None:
+def _status(path: str) -> os.stat_result | None:
     try:
-        return os.stat(f"{paths.history}/{format_name(file)}")
+        return os.stat(path)
     except OSError:
         return None
