@@ -109,7 +109,7 @@ def test_a_crash_after_a_fault(
             result = explorer.explore(recording, 4, seed + number)
             assert not result.violations, result.violations[0]
             states += result.distinct
-            if states >= SHARE and number >= LEAST_FAULTS:
+            if states >= SHARE and number + 1 >= LEAST_FAULTS:
                 break
         if states >= SHARE:
             break

@@ -18,7 +18,7 @@ from round_driver import run_rounds
 from round_plan import CALLS, PROCESSES, Round, planned
 from round_points import POINTS
 
-ROUNDS = int(os.environ.get("LAB_STATE_SHARED_ROUNDS", "100"))
+ROUNDS = int(os.environ.get("LAB_STATE_SHARED_ROUNDS", "60"))
 """How many rounds are run. `nox -s shared` sets it to 2,000."""
 
 SEED = int(os.environ.get("LAB_STATE_SHARED_SEED", "0"))
