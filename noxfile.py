@@ -17,6 +17,8 @@ AT_ONCE = ("-n", "3", "--dist", "worksteal")
 EXPLORATIONS = ("tests/crash", "tests/shared/test_model.py")
 # Without this, `python -m pytest` would import the checkout instead of the wheel.
 WHEEL_ONLY = {"PYTHONSAFEPATH": "1"}
+# Most of these packages are only read, or imported in part. To compile all of them takes half a minute.
+NOT_RUN = ("--no-compile",)
 BENCHMARKS = {**WHEEL_ONLY, "PYTHONPATH": "tests/benchmarks"}
 
 
@@ -142,7 +144,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types with two type checkers in strict mode."""
-    session.install(".", "nox", *_group("test"), *_group("types"), *_group("bench"), *_group("demo"))
+    session.install(*NOT_RUN, ".", "nox", *_group("test"), *_group("types"), *_group("bench"), *_group("demo"))
     session.run("mypy")
     session.run("pyright")
     session.run("pyright", "--ignoreexternal", "--verifytypes", "lab_state", env=WHEEL_ONLY)
@@ -151,7 +153,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation as HTML. Every warning is an error. The session `tests` runs the examples."""
-    session.install(".", *_group("docs"))
+    session.install(*NOT_RUN, ".", *_group("docs"))
     session.run("sphinx-build", "-W", "-n", "-q", "-b", "html", "docs", "docs/_build/html")
 
 
