@@ -195,7 +195,7 @@ def _continue(writer: Writer, found: Scan, accepted: Accepted) -> None:
     """
     if accepted.unclean:
         if found.header.base == writer.base and found.end <= 2 * writer.checkpoint_bytes:
-            writer.inherit(accepted.records)
+            writer.inherit(accepted.records, found.header.wall)
         else:
             writer.need = Need.FULL
     elif found.is_ended and found.names(writer.base):

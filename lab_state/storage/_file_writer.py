@@ -102,13 +102,19 @@ class Writer:
         self._salt = ""
         self._is_ended = False  # whether the journal ends with an `E` frame
         self._inherited: tuple[bytes, ...] = ()
+        self._found_wall = 0
         forks.disown_in_children(self)
 
     # What the start has found
 
-    def inherit(self, records: tuple[bytes, ...]) -> None:
-        """Let the first journal of this session begin with these records. The snapshot of `base` was durable before they were written."""
-        self.need, self._inherited = Need.NEW, records
+    def inherit(self, records: tuple[bytes, ...], wall: int) -> None:
+        """Let the first journal of this session begin with these records. The snapshot of `base` was durable before they were written.
+
+        Args:
+            records: The records of the journal that the start found.
+            wall: The time in its header, in milliseconds since 1970. The time in the new header is later, even if the clock was set back.
+        """
+        self.need, self._inherited, self._found_wall = Need.NEW, records, wall
 
     def adopt(self, salt: str, end: int, left: lookup.Fingerprint) -> None:
         """Continue the journal that the start found, whose `E` frame begins at `end`. The journal is opened at the first write."""
@@ -401,15 +407,16 @@ class Writer:
 
     def _follow_snapshot(self, *records: bytes) -> None:
         """Create the first journal of this session. It follows the snapshot, and has the inherited records, then the given ones."""
-        self._create(self.base, *((FrameKind.RECORD, record) for record in (*self._inherited, *records)))
+        frames = [(FrameKind.RECORD, record) for record in (*self._inherited, *records)]
+        self._create(self.base, *frames, after=self._found_wall)
 
-    def _create(self, base: str, *frames: tuple[FrameKind, bytes]) -> None:
+    def _create(self, base: str, *frames: tuple[FrameKind, bytes], after: int = 0) -> None:
         if self.unsynced:
             self._sync_found(base)
         new = NewJournal(self.paths, self.name, self.progress)
         with self.lock.noted(new.path):
             try:
-                new.create(base, *frames)
+                new.create(base, *frames, after=after)
                 self._put_in_place(new)
             finally:
                 new.discard()

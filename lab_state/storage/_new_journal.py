@@ -47,10 +47,14 @@ class NewJournal:
         self._replaced = paths.journal, paths.snapshot
         forks.disown_in_children(self)
 
-    def create(self, base: str, *frames: tuple[FrameKind, bytes]) -> None:
-        """Create the file with a header and these frames, and sync it. Later, the caller must call `discard`."""
+    def create(self, base: str, *frames: tuple[FrameKind, bytes], after: int = 0) -> None:
+        """Create the file with a header and these frames, and sync it. Later, the caller must call `discard`.
+
+        The time in the header is that of the wall clock, but later than `after`, which is in milliseconds since 1970.
+        """
         self.base = base
-        parts = [journal.header(self._name, self.salt, base, wall_now()), *self._framed(frames)]
+        wall = max(wall_now(), after + 1)
+        parts = [journal.header(self._name, self.salt, base, wall), *self._framed(frames)]
         self.fd = fs.create(self.path, parts, self._progress, *self._replaced)
         self.end = sum(map(len, parts))
 

@@ -459,7 +459,7 @@ def every_journal_continued(patch: Patch) -> None:
 
 def _copied(patch: Patch, copied: Callable[[tuple[bytes, ...]], tuple[bytes, ...]]) -> None:
     inherit = Writer.inherit
-    patch.setattr(Writer, "inherit", lambda self, records: inherit(self, copied(records)))
+    patch.setattr(Writer, "inherit", lambda self, records, wall: inherit(self, copied(records), wall))
 
 
 def last_record_not_copied(patch: Patch) -> None:
@@ -475,7 +475,7 @@ def torn_tail_copied(patch: Patch) -> None:
         writer, recovery = load(paths, name, lock, leftovers, whole=whole)
         if recovery.dropped_bytes and writer.need is Need.NEW:
             data = _fs.read(paths.journal) or b""
-            writer.inherit((*recovery.records, data[-recovery.dropped_bytes :]))
+            writer.inherit((*recovery.records, data[-recovery.dropped_bytes :]), 0)
         return writer, recovery
 
     patch.setattr(_file_start, "_load", loaded)
@@ -507,7 +507,7 @@ def copied_journal_behind_a_checkpoint_frame(patch: Patch) -> None:
 
     def go_on(writer: Writer, found: Scan, accepted: Accepted) -> None:
         if accepted.unclean and found.header.base != ANY_BASE and found.names(writer.base):
-            writer.inherit(accepted.records)
+            writer.inherit(accepted.records, found.header.wall)
         else:
             really(writer, found, accepted)
 

@@ -165,7 +165,8 @@ async def test_a_follower_that_is_killed_with_open_calls(tmp_path: Path) -> None
         await until(lambda: owner.status().followers == 0)
         count = await owner.get("n", type=int)
         assert 1 <= count <= 101
-        assert await owner.incr("n") == count + 1
+        # Calls that have arrived wait in the queue of the owner, and may be made in between.
+        assert count < await owner.incr("n") <= 102
 
 
 # Signals that stop a process for a while

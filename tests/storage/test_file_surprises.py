@@ -727,8 +727,8 @@ async def test_a_new_journal_that_is_not_what_was_written(tmp_path: Path, how: s
     other = tmp_path / "other"
     taken: list[int] = []
 
-    def create(self: NewJournal, base: str, *frames: tuple[FrameKind, bytes]) -> None:
-        real(self, base, *frames)
+    def create(self: NewJournal, base: str, *frames: tuple[FrameKind, bytes], after: int) -> None:
+        real(self, base, *frames, after=after)
         if how == "closed":
             taken.append(reopened(self.fd, other))
         elif how == "replaced":

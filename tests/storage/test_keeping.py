@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from file_tools import Disk, Tmpfs, flusher, mode, scan
 
-from lab_state import Config, FileStorage, Manager, StorageError, UnavailableError, UnsupportedError
+from lab_state import Config, FileStorage, Manager, StorageError, UnavailableError, UnsupportedError, read_state
 from lab_state import _journal as journal
 from lab_state._clock import wall_now
 from lab_state._journal import ANY_BASE, NO_BASE
-from lab_state.storage import _directory, _fs, _history_files, _keeping
-from lab_state.storage._generations import HistoryFile, format_name, parse_name
+from lab_state.storage import _directory, _fs, _history_files, _keeping, _new_journal
+from lab_state.storage._generations import HistoryFile, format_name, journal_file, parse_name
 from lab_state.storage._history_files import link_present
 from lab_state.storage._protocol import figures_of
 
@@ -126,6 +126,24 @@ async def test_a_journal_that_is_copied_is_left_out(tmp_path: Path, disk: Disk) 
         await state.set("a", 3)
         assert len(scan(tmp_path).frames) == 3
     assert shown(tmp_path) == ["0jnone", "1s", "1j"]
+
+
+async def test_a_copied_journal_is_newer_even_if_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that was cut off has linked the journal. The next one keeps the copied journal, which has all records."""
+    await killed(tmp_path)
+    found = scan(tmp_path).header
+    (tmp_path / "lab.history").mkdir(exist_ok=True)
+    linked = tmp_path / "lab.history" / format_name(journal_file(0, found.wall, NO_BASE, found.salt))
+    linked.hardlink_to(tmp_path / "lab.journal")
+    monkeypatch.setattr(_new_journal, "wall_now", lambda: found.wall - 1000)
+    async with manager(tmp_path, history_bytes=300) as state:
+        await state.set("a", 3)
+        assert scan(tmp_path).header.wall == found.wall + 1
+    assert not linked.exists()
+    copied = await read_state("lab", FileStorage(tmp_path, history=HOUR), at=2)
+    assert await copied.get("a") == 3
 
 
 async def killed(directory: Path, value: int = 2) -> None:
