@@ -395,6 +395,7 @@ async def by_age(world: World) -> None:
             await world.set("more")
             await world.flush()
             await world.checkpoint()
+            await world.pruned()
             world.clock.advance(60)
             if life == 2 and number < 2:
                 world.clock.jump(2_000 - 4_000 * number)

@@ -503,6 +503,12 @@ class World:
         flusher.checkpoints.start()
         await self.checkpoints_ended()
 
+    async def pruned(self) -> None:
+        """Wait until the thread of the checkpoints has deleted what is too old at this time."""
+        session = flusher_of(self.state)._session
+        assert isinstance(session, FileSession)
+        await asyncio.wrap_future(session._checkpoints.submit(lambda: None))
+
     async def checkpoints_ended(self) -> None:
         """Wait for the checkpoints that the flusher began by itself."""
         await flusher_of(self.state).checkpoints.ended()
