@@ -22,16 +22,15 @@ class StateView(Reads):
     """A state as it was at one moment: a copy in memory that never changes.
 
     `read_state` makes a view. A view has the reading calls of a manager. The time of a view does not advance.
-    Without `at`, it is the time at which `read_state` was called. With a `datetime` as `at`, it is that `datetime`. With a
-    revision as `at`, it is `wall`. Keys that had expired by then are not in the view. All other keys stay in the view.
-    `expires_in` counts from the time of the view.
+    It is the time of the state at the call of `read_state`, or at the moment `at`. With a revision as `at`, this is the time of
+    the last write in the view. If the wall clock was set, the time of the state can differ from the wall clock; see "Which clock" on the page "Expiry".
+    Keys that had expired by then are not in the view. All other keys stay in the view. `expires_in` counts from the time of the view.
 
     Attributes:
         revision: The number of the last change that the view contains.
-        durable_revision: Every change up to this revision is certainly durable. It is lower
-            than `revision` if the last record may still be lost. This happens while the writer has
-            not synced that record, or if the writer ended before the sync. The next record or the next
-            start shows whether it is lost.
+        durable_revision: Every change up to this revision is certainly durable. On disk, a reader cannot
+            see whether the last record is synced. So the changes of that record are not counted, even after `flush()` has
+            returned, until the writer writes the next record or stops. After a kill, the next start shows whether the record is lost.
         wall: The time of the writer's wall clock at the last write that the view contains, in seconds since
             1970; `None` if no time is recorded, as in a file of another program.
         schema: The version of the schema of the values; see `Schema`. It is 1 if none is recorded.
@@ -42,7 +41,7 @@ class StateView(Reads):
     __slots__ = ("_path", "durable_revision", "live", "readable_by", "revision", "schema", "wall")
 
     def __init__(self, name: str, loaded: Decoded, now: float) -> None:
-        """Make the view for `read_state`. `now` is the time of the view, in seconds since 1970."""
+        """Make the view for `read_state`. `now` is the wall clock's time at which the state is shown, in seconds since 1970."""
         found = loaded.state
         time = resumed(found.time, found.wall, now)[0] if found.expires else now
         due = {key for key, at in found.expires.items() if at <= time * 1000}
@@ -133,6 +132,6 @@ async def read_state(
             raise await with_remedy(error, name, storage) from error.__cause__
     at = check_at(at)
     loaded = await load_at(name, storage, at, now)
-    # The view shows the state at the moment `at`. So its time is that of `at`, not the present.
+    # The view shows the state at the moment `at`. So its time is calculated from the wall clock at `at`, not from the present.
     then = at.timestamp() if isinstance(at, datetime) else loaded.state.wall / 1000
     return StateView(name, loaded, then)

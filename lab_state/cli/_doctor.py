@@ -58,7 +58,7 @@ async def doctor(output: Output, state: Target, *, json: bool) -> None:
     else:
         size = loaded.size
         found = f"{counted(len(loaded.state.entries), 'key')}, {size_text(size)}, revision {loaded.state.revision}"
-        lines.append(Line("content", True, f"{found}, durable {loaded.durable_revision}"))
+        lines.append(Line("content", True, f"{found}, durable up to {loaded.durable_revision}"))
     lines += await (
         _of_files(storage, state, size) if isinstance(storage, FileStorage) else _of_a_bucket(storage, state)
     )

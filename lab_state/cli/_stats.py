@@ -12,7 +12,7 @@ from lab_state._entries import Expiring, Stored
 from lab_state.cli._output import Output
 from lab_state.cli._storages import described, entries_of, raw_of, read
 from lab_state.cli._target import Target
-from lab_state.cli._text import counted, live_text, size_text, time_text
+from lab_state.cli._text import counted, moment_text, size_text, time_text
 
 PERCENTS = (50, 90, 99, 100)
 _SPANS = (("minute", 60_000), ("hour", 3_600_000), ("day", 86_400_000))
@@ -89,11 +89,11 @@ async def stats(output: Output, state: Target, at: str | None, *, top: int, json
             expiring={"keys": found.expiring, "next": found.next, "within": found.within},
         )
         return
-    output.line(f"{live_text(view.live)}; revision {view.revision}, durable {view.durable_revision}")
+    output.line(moment_text(view.live, view.revision, view.durable_revision))
     output.line(f"{counted(found.keys, 'key')}, {size_text(found.size)}")
-    percentiles = ", ".join(f"{percent} %: {size_text(size)}" for percent, size in found.percentiles.items())
+    percentiles = ", ".join(f"{percent} % up to {size_text(size)}" for percent, size in found.percentiles.items())
     if found.keys:
-        output.line(f"sizes: {percentiles}")
+        output.line(f"a key with its value: {percentiles}")
     if found.expiring:
         within = ", ".join(f"{number} within one {name}" for name, number in found.within.items())
         output.line(f"expiring keys: {found.expiring}; {within}; the next at {time_text(found.next)}")

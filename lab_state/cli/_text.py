@@ -101,6 +101,12 @@ def live_text(live: bool | None) -> str:  # noqa: FBT001 -- one value that is sh
     return {True: "running", False: "stopped", None: "unknown"}[live]
 
 
+def moment_text(live: bool | None, revision: int, durable: int) -> str:  # noqa: FBT001 -- one value that is shown
+    """Return the text for the holder and the revisions of a `StateView`."""
+    holder = "holder unknown" if live is None else live_text(live)
+    return f"{holder}; revision {revision}, durable up to {durable}"
+
+
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Return the lines of a table. The columns in `right` are aligned to the right."""
     widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]

@@ -10,7 +10,7 @@ from lab_state.cli._exits import USAGE, Stop, no_key
 from lab_state.cli._output import Output
 from lab_state.cli._storages import described, entries_of, expiry_of, json_of, raw_of, read
 from lab_state.cli._target import Target
-from lab_state.cli._text import live_text
+from lab_state.cli._text import moment_text
 
 _AT_ONCE = 1000
 
@@ -29,7 +29,7 @@ async def get(output: Output, state: Target, key: str, at: str | None, *, json: 
         return
     data = raw_of(stored)
     output.raw(msgspec.json.format(data, indent=2) if output.is_terminal else data)
-    output.hint(f"{live_text(view.live)}; revision {view.revision}, durable {view.durable_revision}")
+    output.hint(moment_text(view.live, view.revision, view.durable_revision))
 
 
 async def keys(

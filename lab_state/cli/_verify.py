@@ -15,7 +15,7 @@ from lab_state.cli._exits import CORRUPT, Stop
 from lab_state.cli._output import Output
 from lab_state.cli._storages import described, entries_of, raw_of, read
 from lab_state.cli._target import Target
-from lab_state.cli._text import counted, live_text, size_text
+from lab_state.cli._text import counted, moment_text, size_text
 from lab_state.exceptions import InvalidKeyError, StorageError
 from lab_state.storage import _fs as fs
 from lab_state.storage._directory import Paths
@@ -65,7 +65,7 @@ async def verify(output: Output, state: Target, at: str | None, *, json: bool) -
     if json:
         output.one(**described(view), keys=len(entries), bytes=size, torn_bytes=torn, faults=faults)
     else:
-        output.line(f"{live_text(view.live)}; revision {view.revision}, durable {view.durable_revision}")
+        output.line(moment_text(view.live, view.revision, view.durable_revision))
         output.line(
             f"{counted(len(entries), 'key')} and {size_text(size)} of values: checksums, keys and values checked"
         )

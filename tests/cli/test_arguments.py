@@ -16,7 +16,17 @@ from lab_state.cli._changes import Change, between, newer, of_record, text_of
 from lab_state.cli._exits import code_of, message_of
 from lab_state.cli._input import has_changed, parse_lines, parse_object, parse_value
 from lab_state.cli._target import Place, parse_place, parse_state, split_moment
-from lab_state.cli._text import age_text, changes_text, counted, live_text, shown, shown_json, size_text, time_text
+from lab_state.cli._text import (
+    age_text,
+    changes_text,
+    counted,
+    live_text,
+    moment_text,
+    shown,
+    shown_json,
+    size_text,
+    time_text,
+)
 from lab_state.cli._values import branches
 from lab_state.cli._when import parse_when
 from lab_state.storage._os_errors import translated
@@ -139,6 +149,7 @@ def test_sizes_ages_and_times() -> None:
     assert time_text(None) == time_text(0) == ""
     assert time_text(10**17) == f"{10**17} ms"
     assert [live_text(live) for live in (True, False, None)] == ["running", "stopped", "unknown"]
+    assert moment_text(None, 3, 2) == "holder unknown; revision 3, durable up to 2"
 
 
 def test_a_tree_counts_at_each_slash() -> None:

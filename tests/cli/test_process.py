@@ -115,7 +115,7 @@ async def test_a_narrow_terminal_without_colour(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 40
     assert "\x1b[3" not in done.out
     done = await asyncio.to_thread(on_terminal, "get", "state/shop", key, cwd=tmp_path)
-    assert done.out == "1\r\nstopped; revision 1, durable 1\r\n"
+    assert done.out == "1\r\nstopped; revision 1, durable up to 1\r\n"
 
 
 async def test_a_copy_shows_its_progress_on_a_terminal(tmp_path: Path) -> None:

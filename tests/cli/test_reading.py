@@ -96,7 +96,7 @@ async def test_an_empty_state(tmp_path: Path) -> None:
     assert (await world.run("dump", world.state)).out == "{}\n"
     assert (await world.run("dump", "--nl", world.state)).out == ""
     stats = await world.run("stats", world.state)
-    assert stats.out.splitlines() == ["stopped; revision 2, durable 2", "0 keys, 0 B"]
+    assert stats.out.splitlines() == ["stopped; revision 2, durable up to 2", "0 keys, 0 B"]
     assert (await world.run("stats", "--json", world.state)).json["percentiles"] == {}
 
 
@@ -106,7 +106,10 @@ async def test_stats_for_people(tmp_path: Path) -> None:
     async with Manager("shop", FileStorage(tmp_path / "state")) as state:
         await state.set("b/x", 1, ttl=50)
     found = (await world.run("stats", "--top", "2", world.state)).out.splitlines()
-    assert found[1:3] == ["4 keys, 2.0 KiB", "sizes: 50 %: 4 B, 90 %: 2.0 KiB, 99 %: 2.0 KiB, 100 %: 2.0 KiB"]
+    assert found[1:3] == [
+        "4 keys, 2.0 KiB",
+        "a key with its value: 50 % up to 4 B, 90 % up to 2.0 KiB, 99 % up to 2.0 KiB, 100 % up to 2.0 KiB",
+    ]
     assert found[3].startswith(
         "expiring keys: 1; 1 within one minute, 1 within one hour, 1 within one day; the next at 20"
     )

@@ -263,8 +263,11 @@ def _put(directory: Path, **conditions: Unpack[Under]) -> None:
     if "ignores" in conditions:
         signal.signal(conditions["ignores"], signal.SIG_IGN)
     for number in conditions.get("closed", []):
-        os.close(number)
-        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+        stream = ("stdin", "stdout", "stderr")[number]
+        getattr(sys, stream).close()  # otherwise Python 3.13 reports the closed descriptor when it frees the stream
+        setattr(sys, stream, None)
+        with contextlib.suppress(OSError):  # the stream may have closed it
+            os.close(number)
 
 
 def _closed_pipe() -> int:
