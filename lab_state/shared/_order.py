@@ -72,9 +72,7 @@ class ClientOrder:
     def _check_call(self, call: Call) -> None:
         number, acknowledged = call.n, call.ack
         if number <= self._last or not acknowledged < number <= acknowledged + SPAN:
-            raise BadMessageError(
-                f"the number {number} is out of order: the last one was {self._last}, and up to {acknowledged + SPAN} are allowed"
-            )
+            raise BadMessageError(f"the number {number} is out of order")
         self._acknowledge(acknowledged)
         self._last = number
 
@@ -103,13 +101,13 @@ class OwnerOrder:
             BadMessageError: The message is not allowed at this point.
         """
         if self._is_over:
-            raise BadMessageError("a message after a refusal or a farewell")
+            raise BadMessageError("a message after the last one")
         if time < self._time:
             raise BadMessageError("a time that is below the last one")
         is_greeting = isinstance(message, Starting | Welcome | No)
         if is_greeting is self.admitted:
             raise BadMessageError(
-                "a greeting after the welcome" if self.admitted else "a message before the welcome that is no greeting"
+                "a second welcome" if self.admitted else "a first message that does not answer the hello"
             )
         self._time = time
         self.admitted = self.admitted or isinstance(message, Welcome)

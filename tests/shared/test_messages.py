@@ -377,12 +377,12 @@ def test_an_order_of_an_owner_that_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("messages", "why"),
     [
-        ([m.Life(1)], "before the welcome that is no greeting"),
-        ([STARTING, m.Answers([])], "before the welcome that is no greeting"),
-        ([WELCOME, WELCOME], "a greeting after the welcome"),
-        ([WELCOME, STARTING], "a greeting after the welcome"),
-        ([NO, STARTING], "after a refusal or a farewell"),
-        ([WELCOME, m.Bye(0), m.Life(1)], "after a refusal or a farewell"),
+        ([m.Life(1)], "does not answer the hello"),
+        ([STARTING, m.Answers([])], "does not answer the hello"),
+        ([WELCOME, WELCOME], "second welcome"),
+        ([WELCOME, STARTING], "second welcome"),
+        ([NO, STARTING], "after the last one"),
+        ([WELCOME, m.Bye(0), m.Life(1)], "after the last one"),
     ],
 )
 def test_an_order_of_an_owner_that_is_refused(messages: list[m.FromOwner], why: str) -> None:
