@@ -190,14 +190,13 @@ def many_keys(keys: object) -> Iterable[str]:
     return cast("Iterable[str]", keys)
 
 
-def check_callable(call: str, fn: object) -> None:
-    """Check that `fn` can be called. `call` is the name of the method that got `fn`, for the message.
+def check_callable(call: str, fn: object, advice: str = "") -> None:
+    """Check that `fn` can be called. `call` is the name of the method that got `fn`, and `advice` is the end of the message.
 
     Raises:
         TypeError: `fn` cannot be called.
     """
     if not callable(fn):
-        advice = "" if call == "transact" else "; set() and set_if_absent() store a value without one"
         raise TypeError(f"{call}() needs a function, not {type(fn).__name__}{advice}")
 
 

@@ -24,6 +24,9 @@ from lab_state.exceptions import InvalidValueError, TypeMismatchError
 T = TypeVar("T")
 R = TypeVar("R")
 
+_NO_FUNCTION = "; set() and set_if_absent() store a value without one"
+"""The advice for a caller that has passed a value in place of a function."""
+
 
 class Calls(Writing, Waits):
     """The calls that read, and the calls that write.
@@ -138,7 +141,7 @@ class Calls(Writing, Waits):
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
-        check_callable("update", fn)
+        check_callable("update", fn, _NO_FUNCTION)
         lifetime = self._lifetime(ttl)
         await self._turn()
         if (port := self._core.port) is not None:
@@ -187,7 +190,7 @@ class Calls(Writing, Waits):
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: The manager has learned that a newer writer owns the state; nothing was changed.
         """
-        check_callable("get_or_set", factory)
+        check_callable("get_or_set", factory, _NO_FUNCTION)
         lifetime = self._lifetime(ttl)
         await self._turn()
         if (port := self._core.port) is not None:

@@ -125,15 +125,15 @@ async def _backups(results: Results, state: Manager, directory: str, rounds: int
     steps = [await _longest_step(backup()) for _ in range(5)]
     step = statistics.median(steps)
     results.add("the longest step of the event loop in a backup", f"{step * 1e3:.1f} ms", "<= 5 ms", met=step <= 0.005)
-    # On a busy or virtual machine, the kernel takes the processor away for longer than any step takes. So a plain loop is the measure.
+    # On a busy or virtual machine, the kernel takes the processor away for longer than any step takes. The row after the bound shows this.
     count = len(await state.keys())
     gaps = [(await stall(backup()), await stall(_written_plainly(target, count))) for _ in range(5)]
     mine, theirs = (statistics.median(side) for side in zip(*gaps, strict=True))
     results.add(
-        "a stall of the event loop during a backup / while a loop encodes and a thread writes",
-        f"{mine * 1e3:.1f} / {theirs * 1e3:.1f} ms",
-        "<= 5 ms, or <= 1.5 x",
-        met=mine <= max(0.005, 1.5 * theirs),
+        "the longest stall of the event loop during a backup", f"{mine * 1e3:.1f} ms", "<= 5 ms", met=mine <= 0.005
+    )
+    results.add(
+        "... while a loop encodes and a thread writes, without lab_state", f"{theirs * 1e3:.1f} ms", "", met=True
     )
 
 
