@@ -22,8 +22,8 @@ class StateView(Reads):
     """A state as it was at one moment: a copy in memory that never changes.
 
     `read_state` makes a view. A view has the reading calls of a manager. The time of a view does not advance.
-    It is the time of the state at the call of `read_state`, or at the moment `at`. With a revision as `at`, this is the time of
-    the last write in the view. If the wall clock was set, the time of the state can differ from the wall clock; see "Which clock" on the page "Expiry".
+    It is the time of the state at the call of `read_state`, or at the moment `at`. With a revision as `at`, it is calculated
+    for `wall`. If the wall clock was set, the time of the state can differ from the wall clock; see "Which clock" on the page "Expiry".
     Keys that had expired by then are not in the view. All other keys stay in the view. `expires_in` counts from the time of the view.
 
     Attributes:
@@ -31,8 +31,8 @@ class StateView(Reads):
         durable_revision: Every change up to this revision is certainly durable. On disk, a reader cannot
             see whether the last record is synced. So the changes of that record are not counted, even after `flush()` has
             returned, until the writer writes the next record or stops. After a kill, the next start shows whether the record is lost.
-        wall: The time of the writer's wall clock at the last write that the view contains, in seconds since
-            1970; `None` if no time is recorded, as in a file of another program.
+        wall: The time of the writer's wall clock at the last commit or checkpoint that the view contains, in
+            seconds since 1970. The last change may be older. `None` if no time is recorded, as in a file of another program.
         schema: The version of the schema of the values; see `Schema`. It is 1 if none is recorded.
         readable_by: The oldest version of the schema whose code can read the values; see `Schema`.
         live: Whether a writer has the state open; `None` if that is unknown.
@@ -109,7 +109,7 @@ async def read_state(
     Raises:
         InvalidNameError: The name is not allowed; see `Config.name`.
         UnsupportedError: There is no state of this name: check the name and the storage. Or the
-            state cannot be read as it is: a permission is missing, or a newer version of lab_state wrote it. Or `at` was
+            state cannot be read as it is: you may not read its files, or a newer version of lab_state wrote it. Or `at` was
             given, and the storage is neither a `FileStorage` nor an `S3Storage`.
         CorruptionError: Without `at`, the stored state is damaged, and `start()` would refuse it as well. The message names
             the newest good generation, if there is one. With `at`, each generation that has the moment is damaged: pass

@@ -146,7 +146,11 @@ def dump(at: str | None, /, state: Target, prefix: str, **options: Any) -> None:
 @subcommand("lab-state stats --top 3 state/shop")
 @click.argument("state", type=STATE)
 @click.option(
-    "--top", type=click.IntRange(min=0), default=10, show_default=True, help="Print this many of the largest keys."
+    "--top",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="Print at most this many of the largest keys, and of the prefixes.",
 )
 @json_option
 @click.pass_obj

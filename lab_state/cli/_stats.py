@@ -24,8 +24,8 @@ class Counts(NamedTuple):
     Attributes:
         keys: The number of keys.
         size: The size of all keys.
-        prefixes: For each prefix the number of its keys, and their size. A prefix is the part up to the first `/`; empty
-            for a key without one.
+        prefixes: For each prefix the number of its keys, and their size. A prefix is the beginning of a key, up to and
+            including the first `/`. It is empty for a key without a `/`.
         largest: The largest keys, with their sizes.
         percentiles: For each of `PERCENTS`: the size that this percentage of the keys does not exceed.
         expiring: The number of keys that expire.

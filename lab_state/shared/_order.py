@@ -38,7 +38,7 @@ class ClientOrder:
         self._has_hello = self._has_bye = False
 
     def resume(self, acknowledged: int) -> None:
-        """Set the acknowledgement that this client sent on earlier connections."""
+        """Raise the acknowledgement to the one that this client sent on earlier connections. It is never lowered."""
         self.acknowledged = max(self.acknowledged, acknowledged)
 
     def check(self, message: FromClient) -> None:
@@ -71,8 +71,10 @@ class ClientOrder:
 
     def _check_call(self, call: Call) -> None:
         number, acknowledged = call.n, call.ack
-        if number <= self._last or not acknowledged < number <= acknowledged + SPAN:
-            raise BadMessageError(f"the number {number} is out of order")
+        if number <= self._last:
+            raise BadMessageError(f"the number {number} is not above {self._last}, the number of the previous call")
+        if not acknowledged < number <= acknowledged + SPAN:
+            raise BadMessageError(f"the number {number} is not 1 to {SPAN} above the acknowledgement {acknowledged}")
         self._acknowledge(acknowledged)
         self._last = number
 
@@ -86,11 +88,11 @@ class OwnerOrder:
     """The order of an owner's messages, which a client checks.
 
     Attributes:
-        admitted: Whether the owner has sent a `Welcome`.
+        has_welcome: Whether the owner has sent a `Welcome`. It admits the client only if its `known` is True.
     """
 
     def __init__(self) -> None:
-        self.admitted: bool = False
+        self.has_welcome: bool = False
         self._time = 0
         self._is_over = False
 
@@ -101,14 +103,14 @@ class OwnerOrder:
             BadMessageError: The message is not allowed at this point.
         """
         if self._is_over:
-            raise BadMessageError("a message after the last one")
+            raise BadMessageError("a message after a refusal or a farewell")
         if time < self._time:
-            raise BadMessageError("a time that is below the last one")
+            raise BadMessageError("a time before that of the previous message")
         is_greeting = isinstance(message, Starting | Welcome | No)
-        if is_greeting is self.admitted:
+        if is_greeting is self.has_welcome:
             raise BadMessageError(
-                "a second welcome" if self.admitted else "a first message that does not answer the hello"
+                "an answer to the hello after the welcome" if self.has_welcome else "a message before the welcome"
             )
         self._time = time
-        self.admitted = self.admitted or isinstance(message, Welcome)
+        self.has_welcome = self.has_welcome or isinstance(message, Welcome)
         self._is_over = isinstance(message, No | Bye)

@@ -440,7 +440,7 @@ def bad(kind: bytes, body: bytes) -> bytes:
     [
         (b"HTTP/1.1 400 Bad Request\r\n", ": a message of 1213486160 bytes; at most 268435456 are allowed"),
         (b"SSH", ": bytes that are not the beginning of a message"),
-        (bad(b"L", bytes(8)), " of kind L: a first message that does not answer the hello"),
+        (bad(b"L", bytes(8)), " of kind L: a message before the welcome"),
         (bad(b"W", b"secret"), " of kind W: a payload that is not a welcome"),
         (bad(b"C", b"secret"), ": a message of an unknown kind"),
     ],
@@ -473,7 +473,7 @@ async def test_an_owner_of_another_version() -> None:
     [
         (bad(b"A", b"secret"), "a payload that is not a list of answers"),
         (bad(b"L", b"secret"), "a payload of 14 bytes instead of 16"),
-        (bad(b"L", bytes(8)), "a time that is below the last one"),
+        (bad(b"L", bytes(8)), "a time before that of the previous message"),
     ],
 )
 async def test_a_bad_message(data: bytes, why: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -493,7 +493,7 @@ async def test_a_second_welcome() -> None:
     """An owner admits a client once."""
     async with linked() as world:
         await world.owner.tell(WELCOME)
-        assert str((await world.client.next())[1]) == "a second welcome"
+        assert str((await world.client.next())[1]) == "an answer to the hello after the welcome"
 
 
 # Both ends

@@ -332,10 +332,10 @@ def test_an_order_of_a_client_that_is_allowed(messages: list[m.FromClient]) -> N
         ([m.Life(0)], "not a hello"),
         ([HELLO, HELLO], "second hello"),
         ([HELLO, m.Bye(0), m.Life(0)], "after the farewell"),
-        ([HELLO, delete(2, 0), delete(2, 0)], "number 2 is out of order"),
-        ([HELLO, delete(2, 0), delete(1, 0)], "number 1 is out of order"),
-        ([HELLO, delete(2, 2)], "number 2 is out of order"),
-        ([HELLO, delete(SPAN + 1, 0)], "out of order"),
+        ([HELLO, delete(2, 0), delete(2, 0)], "number 2 is not above 2, the number of the previous call"),
+        ([HELLO, delete(2, 0), delete(1, 0)], "number 1 is not above 2, the number of the previous call"),
+        ([HELLO, delete(2, 2)], "number 2 is not 1 to 1024 above the acknowledgement 2"),
+        ([HELLO, delete(SPAN + 1, 0)], "number 1025 is not 1 to 1024 above the acknowledgement 0"),
         ([HELLO, m.Life(3), delete(9, 2)], "acknowledgement 2 is below"),
         ([HELLO, m.Life(3), m.Bye(2)], "acknowledgement 2 is below"),
     ],
@@ -370,19 +370,19 @@ def test_an_order_of_an_owner_that_is_allowed() -> None:
     order = OwnerOrder()
     messages: list[m.FromOwner] = [STARTING, STARTING, WELCOME, m.Life(1), m.Answers([]), m.Bye(0)]
     for time, message in enumerate(messages):
-        assert order.admitted is (time > 2)
+        assert order.has_welcome is (time > 2)
         order.check(time // 2, message)
 
 
 @pytest.mark.parametrize(
     ("messages", "why"),
     [
-        ([m.Life(1)], "does not answer the hello"),
-        ([STARTING, m.Answers([])], "does not answer the hello"),
-        ([WELCOME, WELCOME], "second welcome"),
-        ([WELCOME, STARTING], "second welcome"),
-        ([NO, STARTING], "after the last one"),
-        ([WELCOME, m.Bye(0), m.Life(1)], "after the last one"),
+        ([m.Life(1)], "a message before the welcome"),
+        ([STARTING, m.Answers([])], "a message before the welcome"),
+        ([WELCOME, WELCOME], "an answer to the hello after the welcome"),
+        ([WELCOME, STARTING], "an answer to the hello after the welcome"),
+        ([NO, STARTING], "after a refusal or a farewell"),
+        ([WELCOME, m.Bye(0), m.Life(1)], "after a refusal or a farewell"),
     ],
 )
 def test_an_order_of_an_owner_that_is_refused(messages: list[m.FromOwner], why: str) -> None:
@@ -395,9 +395,9 @@ def test_an_order_of_an_owner_that_is_refused(messages: list[m.FromOwner], why: 
 
 
 def test_the_time_of_an_owner_does_not_go_back() -> None:
-    """A time below the last one is refused: the message was replayed, or is not from an owner."""
+    """A time before that of the previous message is refused: the message was replayed, or is not from an owner."""
     order = OwnerOrder()
     order.check(5, WELCOME)
     order.check(5, m.Life(1))
-    with pytest.raises(BadMessageError, match="below the last one"):
+    with pytest.raises(BadMessageError, match="before that of the previous message"):
         order.check(4, m.Life(1))
