@@ -12,7 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from measure import KEYS, VALUE, VALUES, Results, Scale, compare, flusher_of, key_of, percentile, stall, timed, together
+from measure import (
+    KEYS,
+    VALUE,
+    VALUES,
+    Results,
+    Scale,
+    compare,
+    flusher_of,
+    key_of,
+    longest_gap,
+    percentile,
+    stall,
+    timed,
+    together,
+)
 from stalls import watched
 
 from lab_state import Config, FileStorage, Manager
@@ -125,16 +139,17 @@ async def _backups(results: Results, state: Manager, directory: str, rounds: int
     steps = [await _longest_step(backup()) for _ in range(5)]
     step = statistics.median(steps)
     results.add("the longest step of the event loop in a backup", f"{step * 1e3:.1f} ms", "<= 5 ms", met=step <= 0.005)
-    # On a busy or virtual machine, the kernel takes the processor away for longer than any step takes. The row after the bound shows this.
+    never_asleep = [await longest_gap(backup(), pause=0) for _ in range(5)]
+    gap = statistics.median(never_asleep)
+    results.add(
+        "the longest stall of the event loop during a backup", f"{gap * 1e3:.1f} ms", "<= 5 ms", met=gap <= 0.005
+    )
+    # A loop that sleeps between its steps waits until the machine wakes the processor. The last row shows this without lab_state.
     count = len(await state.keys())
     gaps = [(await stall(backup()), await stall(_written_plainly(target, count))) for _ in range(5)]
     mine, theirs = (statistics.median(side) for side in zip(*gaps, strict=True))
-    results.add(
-        "the longest stall of the event loop during a backup", f"{mine * 1e3:.1f} ms", "<= 5 ms", met=mine <= 0.005
-    )
-    results.add(
-        "... while a loop encodes and a thread writes, without lab_state", f"{theirs * 1e3:.1f} ms", "", met=True
-    )
+    results.add("... of a loop that sleeps 0.5 ms at a time", f"{mine * 1e3:.1f} ms", "", met=True)
+    results.add("... of such a loop that encodes, without lab_state", f"{theirs * 1e3:.1f} ms", "", met=True)
 
 
 async def _longest_step(work: Awaitable[Any]) -> float:
