@@ -65,23 +65,22 @@ async def test_four_workers_read_their_own_writes(own_redis: Any, tmp_path: Path
     url = f"http://127.0.0.1:{ports[1]}"
     workers: set[str] = set()
 
-    async def use(number: int) -> None:
+    async def use(client: httpx.AsyncClient, number: int) -> None:
         for value in range(10):
-            async with httpx.AsyncClient(timeout=20) as client:  # a new connection: some other worker
-                answer = await client.put(f"{url}/key-{number}", params={"value": value})
-                assert answer.raise_for_status().json() == value
+            answer = await client.put(f"{url}/key-{number}", params={"value": value})
+            assert answer.raise_for_status().json() == value
 
+    new_each_time = httpx.Limits(max_keepalive_connections=0)  # each request may reach another worker
     with (
         serving("writer", ports[0], environment),
         serving("worker", ports[1], environment, "--workers", "4"),
     ):
-        async with httpx.AsyncClient(timeout=20) as client:
+        async with httpx.AsyncClient(timeout=20, limits=new_each_time) as client:
             await ready(client, f"{url}/ready")
-        await asyncio.gather(*(use(number) for number in range(6)))
-        deadline = time.monotonic() + 20
-        while len(workers) < 4:
-            assert time.monotonic() < deadline, f"only {workers} answered"
-            async with httpx.AsyncClient(timeout=20) as client:
+            await asyncio.gather(*(use(client, number) for number in range(6)))
+            deadline = time.monotonic() + 20
+            while len(workers) < 4:
+                assert time.monotonic() < deadline, f"only {workers} answered"
                 answer = await client.get(f"{url}/key-5")
                 if answer.json() == 9:  # another worker may hear of it a moment later
                     workers.add(answer.headers["worker"])
