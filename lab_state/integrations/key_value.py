@@ -21,7 +21,7 @@ else:
         )
 
 from lab_state._periods import LONGEST_TTL
-from lab_state.exceptions import FencedError, InvalidValueError, KeyNotFoundError, StorageError
+from lab_state.exceptions import FencedError, InvalidValueError, StorageError
 from lab_state.handles import Namespace
 from lab_state.integrations._escaping import LONGEST, escape, is_hash, part, unescape
 
@@ -31,23 +31,31 @@ __all__ = ["LabStateStore"]
 class LabStateStore:
     """An `AsyncKeyValue` in a namespace, with every optional protocol of py-key-value.
 
-    Values are mappings of plain JSON. Each read returns a new `dict`. A read never waits. A write
-    may wait for an open transaction. The manager's `flush_interval` decides when the change becomes
-    durable. The store does not start the manager, which must be running. All calls must be made on
-    the manager's event loop.
+    Values are mappings of plain JSON. Each read returns a new `dict`. A read never waits for a lock, a
+    disk or a network. If there are many keys, `keys` and `collections` work in steps, and other tasks
+    run between two steps. A write may wait for an open transaction. With a `flush_interval` of 0, which
+    a shared state always has, a write also waits until its change is durable. With another interval, a
+    later flush makes the change durable. The store does not start the manager, which must be running.
+    All calls must be made on the manager's event loop.
 
     A value is stored under `<collection>/<key>` in the namespace. The slashes of both parts
     are escaped, so collection `a/b` with key `c` differs from `a` with `b/c`. Any string may
-    be a key or a collection. If a part has more than 256 characters after escaping, its
-    SHA-256 is used instead. In that case, the original texts of both parts are stored beside the value,
-    so that `keys` and `collections` can return them.
+    be a key, and any string except the empty one may be a collection. An empty `collection` means
+    `default_collection`, as `None` does. Only `destroy_collection` has no default. If a part has more
+    than 256 characters after escaping, its SHA-256 is used instead. In that case, the original texts of
+    both parts are stored beside the value, so that `keys` and `collections` can return them.
 
     Every call except `cull` raises `ClosedError` while the manager does not run, and `TypeError` for a
     key or a collection that is not a `str`. With a `flush_interval` of 0, each writing call
     raises `StoreConnectionError` if the storage fails. After this error, the change is not durable
-    yet, and the manager tries again by itself. When the manager is fenced, each writing call changes
-    nothing, and raises an error that is both a `StoreConnectionError` and a `FencedError`. This
-    happens with every `flush_interval`.
+    yet, and the manager tries again by itself. There are two exceptions. If the `__cause__` of the error
+    has an `outcome`, see `UnavailableError`. If the flush task has ended, each writing call changes
+    nothing and raises a `StoreConnectionError`, with every `flush_interval`.
+
+    Once the manager knows that it is fenced, each writing call changes nothing, and raises an error that
+    is both a `StoreConnectionError` and a `FencedError`, with every `flush_interval`. A write by which the
+    manager learns of the newer writer raises this error, too: its change is in memory, and never becomes
+    durable.
     """
 
     def __init__(self, namespace: Namespace, *, default_collection: str = "default_collection") -> None:
@@ -56,7 +64,7 @@ class LabStateStore:
         Args:
             namespace: `Manager.namespace("mcp")`, or a namespace with another name. Its prefix
                 has 511 characters at most.
-            default_collection: The collection for calls that do not name one.
+            default_collection: The collection for calls whose `collection` is `None` or empty.
 
         Raises:
             TypeError: `namespace` is not a `Namespace`, or `default_collection` is not a `str`.
@@ -86,10 +94,12 @@ class LabStateStore:
         return (await self.get_many([key], collection=collection))[0]
 
     async def get_many(self, keys: Sequence[str], *, collection: str | None = None) -> list[dict[str, Any] | None]:
-        """Return the values of several keys, in the order of the keys, all from one moment; see `get`."""
-        places = self._places(keys, collection)
-        found = await self._namespace.get_many(places)
-        return [_value(place, found.get(place)) for place in places]
+        """Return the values of several keys, in the order of the keys; see `get`.
+
+        No other task runs between two keys, but time passes: of two keys that expire at the same
+        moment, one may still have a value when the other has none.
+        """
+        return await self._values(self._places(keys, collection))
 
     async def ttl(self, key: str, *, collection: str | None = None) -> tuple[dict[str, Any] | None, float | None]:
         """Return the value of a key and the seconds until it expires.
@@ -106,17 +116,12 @@ class LabStateStore:
     async def ttl_many(
         self, keys: Sequence[str], *, collection: str | None = None
     ) -> list[tuple[dict[str, Any] | None, float | None]]:
-        """Return the result of `ttl` for several keys, in the order of the keys, all from one moment."""
-        answers: list[tuple[dict[str, Any] | None, float | None]] = []
-        for place in self._places(keys, collection):
-            try:
-                seconds = await self._namespace.expires_in(place)
-                value = _value(place, await self._namespace.get(place))
-            except KeyNotFoundError:
-                answers.append((None, None))
-            else:
-                answers.append((value, seconds))
-        return answers
+        """Return the result of `ttl` for several keys, in the order of the keys. Time passes between two keys, as in `get_many`."""
+        places = self._places(keys, collection)
+        # The values come last. If a key expires in between, it has no value, and its seconds are not returned.
+        seconds = [await self._namespace.expires_in(place, None) for place in places]
+        values = await self._values(places)
+        return [(value, None if value is None else left) for value, left in zip(values, seconds, strict=True)]
 
     # Writing
 
@@ -183,32 +188,48 @@ class LabStateStore:
     async def keys(self, collection: str | None = None, *, limit: int | None = None) -> list[str]:
         """Return the first `limit` keys of a collection, in order of their escaped form. With `None`, return all keys.
 
+        A key that is deleted or expires during the call may be left out. Then fewer than `limit` keys may be
+        returned, although the collection has more.
+
         Raises:
-            DeserializationError: Other code has stored a value in this namespace.
+            DeserializationError: Other code has stored a value in this namespace, and the original text of
+                its key cannot be found. Other keys of other code are returned like keys of this store.
         """
-        prefix = f"{self._collection(collection)}/"
+        prefix = self._prefix(collection)
         most = _limit(limit)
         # With a limit of 0, the namespace is called, too: it raises an error while the manager does not run.
         found = await self._namespace.keys(prefix, limit=None if most is None else max(1, most))
-        return [self._text(place, place[len(prefix) :], "key") for place in found[:most]]
+        texts = (self._text(place, place[len(prefix) :], "key") for place in found[:most])
+        return [text for text in texts if text is not None]
 
     async def collections(self, *, limit: int | None = None) -> list[str]:
         """Return up to `limit` collections that have a key, in no particular order. With `None`, return all of them.
 
-        The call reads all keys of the namespace.
+        The call reads all keys of the namespace. A collection whose last key is deleted or expires during
+        the call may be left out.
 
         Raises:
-            DeserializationError: Other code has stored a value in this namespace.
+            DeserializationError: Other code has stored a value in this namespace, and the original text of
+                its collection cannot be found. Other keys of other code count like keys of this store.
         """
-        first: dict[str, str] = {}
+        most = _limit(limit)
+        texts: dict[str, str] = {}
         for place in await self._namespace.keys():
-            first.setdefault(place.partition("/")[0], place)
-        return [self._text(place, name, "collection") for name, place in list(first.items())[: _limit(limit)]]
+            if len(texts) == most:
+                break
+            name = place.partition("/")[0]
+            if name not in texts and (text := self._text(place, name, "collection")) is not None:
+                texts[name] = text
+        return list(texts.values())
 
     async def destroy_collection(self, collection: str) -> bool:
-        """Delete every key of a collection, as one change. Return whether there was any key."""
+        """Delete every key of a collection, as one change. Return whether there was any key.
+
+        An empty `collection` does not mean the default collection here, so that a missing name destroys nothing.
+        """
+        prefix = part(_text("a collection", collection))
         with _errors():
-            return await self._namespace.delete_all(f"{self._collection(collection)}/") > 0
+            return await self._namespace.delete_all(f"{prefix}/") > 0
 
     async def destroy(self) -> bool:
         """Delete everything in the namespace, as one change. Return True."""
@@ -221,14 +242,20 @@ class LabStateStore:
 
     # Places: a place is a key in the namespace
 
-    def _collection(self, collection: str | None) -> str:
-        return part(_text("a collection", collection or self.default_collection))
+    def _named(self, collection: str | None) -> str:
+        """Return the collection that a call means. An empty text means the default, as in the stores of py-key-value."""
+        if collection is None:
+            return self.default_collection
+        return _text("a collection", collection) or self.default_collection
+
+    def _prefix(self, collection: str | None) -> str:
+        return f"{part(self._named(collection))}/"
 
     def _places(self, keys: Sequence[str], collection: str | None) -> list[str]:
         if isinstance(keys, str):
             raise TypeError("keys must be a sequence of str, not one str")
-        prefix = self._collection(collection)
-        return [f"{prefix}/{part(_text('a key', key))}" for key in keys]
+        prefix = self._prefix(collection)
+        return [f"{prefix}{part(_text('a key', key))}" for key in keys]
 
     def _entries(
         self, keys: Sequence[str], values: Sequence[Mapping[str, Any]], collection: str | None
@@ -237,18 +264,26 @@ class LabStateStore:
         for place, key, value in zip(self._places(keys, collection), keys, values, strict=True):
             entries[place] = _checked(value)
             if _tells_no_text(place):
-                names = {"collection": escape(collection or self.default_collection), "key": escape(key)}
+                names = {"collection": escape(self._named(collection)), "key": escape(key)}
                 entries[place] = {**names, "value": entries[place]}
         return entries
 
-    def _text(self, place: str, name: str, which: str) -> str:
-        """Return the original text of a part of a place: of the key or the collection."""
-        if is_hash(name):
-            try:
-                return unescape(self._namespace.get_nowait(place)[which])
-            except (LookupError, TypeError, AttributeError):
-                raise _not_ours(place) from None
-        return unescape(name)
+    async def _values(self, places: Sequence[str]) -> list[dict[str, Any] | None]:
+        found = await self._namespace.get_many(places)
+        return [_value(place, found[place]) if place in found else None for place in places]
+
+    def _text(self, place: str, name: str, which: str) -> str | None:
+        """Return the original text of a part of a place: of the key or the collection.
+
+        Return `None` if the text would be beside the value, and the place was deleted or has expired meanwhile.
+        """
+        try:
+            if is_hash(name):
+                found = self._namespace.get_many_nowait([place])
+                return unescape(found[place][which]) if found else None
+            return unescape(name)
+        except (LookupError, TypeError, AttributeError, UnicodeDecodeError):
+            raise _not_ours(place) from None
 
 
 def _tells_no_text(place: str) -> bool:
@@ -256,11 +291,11 @@ def _tells_no_text(place: str) -> bool:
     return any(map(is_hash, place.split("/")))
 
 
-def _value(place: str, stored: Any) -> dict[str, Any] | None:
-    if stored is not None and _tells_no_text(place):
-        stored = cast("dict[str, Any]", stored).get("value", place) if isinstance(stored, dict) else place
-    if stored is None or isinstance(stored, dict):
-        return cast("dict[str, Any] | None", stored)
+def _value(place: str, stored: Any) -> dict[str, Any]:
+    if _tells_no_text(place) and isinstance(stored, dict):
+        stored = cast("dict[str, Any]", stored).get("value")
+    if isinstance(stored, dict):
+        return cast("dict[str, Any]", stored)
     raise _not_ours(place)
 
 
@@ -296,7 +331,13 @@ def _seconds(ttl: SupportsFloat | None) -> float | None:
         return None
     if isinstance(ttl, bool | str) or not isinstance(ttl, SupportsFloat):
         raise InvalidTTLError(ttl, {"type": type(ttl).__name__})
-    seconds = float(ttl)
+    try:
+        seconds = float(ttl)
+    except (
+        OverflowError,
+        ValueError,
+    ):  # the error does not contain the number, which may have too many digits for `str`
+        raise InvalidTTLError("a number that no float can hold", {"type": type(ttl).__name__}) from None
     if not 0 < seconds <= LONGEST_TTL:
         raise InvalidTTLError(ttl)
     return seconds

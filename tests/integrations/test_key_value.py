@@ -6,6 +6,7 @@ import asyncio
 import datetime as dt
 import uuid
 from collections.abc import AsyncIterator
+from decimal import Decimal
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -207,7 +208,16 @@ async def test_ttl(store: LabStateStore, clock: ManualClock) -> None:
     await store.cull()
 
 
-@pytest.mark.parametrize("ttl", [0, -100, float("nan"), float("inf"), True, "100", [1], 1e300], ids=repr)
+@pytest.mark.parametrize(
+    "ttl",
+    [0, -100, float("nan"), float("inf"), True, "100", [1], 1e300, 10**400, -(10**5000), Decimal("sNaN")],
+    ids=[
+        *("0", "below 0", "NaN", "infinity", "bool", "str", "list", "1e300"),
+        "too large",
+        "too many digits",
+        "signaling NaN",
+    ],
+)
 async def test_a_bad_ttl_is_refused(store: LabStateStore, ttl: Any) -> None:
     """A bad ttl is an `InvalidTTLError`, and nothing is stored."""
     with pytest.raises(InvalidTTLError):
@@ -254,8 +264,11 @@ async def test_keys_and_collections_are_strings(store: LabStateStore, call: str)
     for arguments in ((1,), (None,)):
         with pytest.raises(TypeError, match="a key must be a str"):
             await getattr(store, call)(*arguments)
-    with pytest.raises(TypeError, match="a collection must be a str"):
-        await getattr(store, call)("key", collection=1)
+    for collection in (1, 0, b""):
+        with pytest.raises(TypeError, match="a collection must be a str"):
+            await getattr(store, call)("key", collection=collection)
+        with pytest.raises(TypeError, match="a collection must be a str"):
+            await store.destroy_collection(collection)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a sequence of str"):
         await getattr(store, f"{call}_many")("key")
 
@@ -264,13 +277,16 @@ async def test_keys_and_collections_are_strings(store: LabStateStore, call: str)
 
 
 async def test_the_default_collection(state: Manager) -> None:
-    """Calls that name no collection, or an empty one, use the default."""
+    """Calls that name no collection, or an empty one, use the default. `destroy_collection` does not, as in py-key-value."""
     store = LabStateStore(state.namespace("mcp"), default_collection="mine")
     await store.put("key", ONE)
     assert await store.get("key", collection="mine") == await store.get("key", collection="") == ONE
     assert await store.keys() == ["key"]
     assert await store.collections() == ["mine"]
+    assert await store.destroy_collection("") is False
     assert await state.get_all() == {"mcp/mine/key": ONE}
+    with pytest.raises(TypeError, match="a collection must be a str"):
+        await store.destroy_collection(None)  # type: ignore[arg-type]
 
 
 names = st.one_of(
@@ -345,12 +361,70 @@ async def test_what_others_keep_there_is_an_error(store: LabStateStore, state: M
         await store.ttl("key", collection="test")
     await store.put("k" * 5000, ONE, collection="test")
     (place,) = [key for key in await state.keys() if key != "mcp/test/key"]
-    for foreign in (1, {}, {"key": 1}, {"value": 1}):
+    for foreign in (None, 1, {}, {"key": 1}, {"key": "%FF"}, {"value": 1}):
         await state.set(place, foreign)
         with pytest.raises(DeserializationError):
             await store.get("k" * 5000, collection="test")
         with pytest.raises(DeserializationError):
             await store.keys("test")
+
+
+async def test_keys_of_others_are_an_error(store: LabStateStore, state: Manager) -> None:
+    """A key of other code whose text cannot be found is an error in a listing. Other keys of other code are listed."""
+    await state.set_many({"mcp/c/other": 1, "mcp/no slash": 1})
+    assert await store.keys("c") == ["other"]
+    assert await store.collections() == ["c", "no slash"]
+    await state.set("mcp/c/%FF", ONE)
+    with pytest.raises(DeserializationError, match="no other code may write in its namespace"):
+        await store.keys("c")
+    await state.set("mcp/%FF/key", ONE)
+    with pytest.raises(DeserializationError):
+        await store.collections()
+
+
+async def test_a_null_of_others_is_an_error(store: LabStateStore, state: Manager) -> None:
+    """A stored null is not a value of the store, and is not taken for a missing key."""
+    await state.set("mcp/test/key", None)
+    for read in (store.get, store.ttl):
+        with pytest.raises(DeserializationError):
+            await read("key", collection="test")
+
+
+class TickingClock(ManualClock):
+    """A clock that moves by `tick` seconds at each reading, so that time passes during a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tick = 0.0
+        self._ticked = 0.0
+
+    def monotonic(self) -> float:
+        self._ticked += self.tick
+        return super().monotonic() + self._ticked
+
+
+@pytest.mark.parametrize("readings", range(1, 12))
+async def test_keys_that_expire_during_a_call(readings: int) -> None:
+    """If a key expires during a listing, the listing may leave it out. `ttl_many` then returns value and seconds, or neither of them."""
+    clock, long = TickingClock(), "L" * 300
+    async with Manager("kv", MemoryStorage(), clock=clock) as state:
+        store = LabStateStore(state.namespace("mcp"))
+        await store.put("b", ONE, collection=long)
+
+        async def put_and_tick() -> None:
+            clock.tick = 0
+            await store.put_many([long, "a"], [ONE, ONE], collection="short", ttl=1)
+            await store.put("a", ONE, collection=long, ttl=1)
+            clock.tick = 1 / readings
+
+        await put_and_tick()
+        assert {*await store.keys("short")} <= {long, "a"}
+        await put_and_tick()
+        assert {long} <= {*await store.collections()} <= {long, "short"}
+        await put_and_tick()
+        for value, seconds in await store.ttl_many([long, "a"], collection="short"):
+            assert (value, seconds) == (None, None) or (value == ONE and seconds is not None)
+        clock.tick = 0
 
 
 async def test_a_write_that_is_not_durable_yet(clock: ManualClock) -> None:
@@ -384,6 +458,12 @@ async def test_a_stopped_manager(store: LabStateStore, state: Manager) -> None:
         store.destroy(),
         store.ttl("key"),
         store.keys(limit=0),
+        store.collections(limit=0),
+        store.get_many([]),
+        store.ttl_many([]),
+        store.put_many([], []),
+        store.delete_many([]),
+        store.destroy_collection(""),
     ):
         with pytest.raises(ClosedError):
             await call
