@@ -32,7 +32,7 @@ class LockHolder(msgspec.Struct, frozen=True):
         host: The name of the machine.
         pid: The id of the process.
         started: The local time at which the process took the lock, with the time zone.
-        boot: The boot id of the kernel; empty if `making` may lack files of earlier sessions.
+        boot: The boot id of the kernel; empty if it cannot be read, or if `making` may lack files of earlier sessions.
         inode: The inode number of the lock file. A copy of the file has another number.
         making: The names of temporary files that may exist, of this session and of earlier ones.
         protocol: The version of the protocol by which the process shares the state; 0 if it does
@@ -84,8 +84,8 @@ class Lock:
 
         Args:
             path: The path of the lock file. A missing file is created.
-            shared: Whether the caller shares the state. If so, the text of a `LockedError` ends with the holder, because
-                the caller knows what to do.
+            shared: Whether the caller shares the state. If so, the text of a `LockedError` has no remedy, because
+                `Election.role` adds its own.
 
         Raises:
             LockedError: Another process, or another lock of this process, has the lock.
@@ -129,7 +129,7 @@ class Lock:
         self._tell()
 
     def _left(self, said: bytes) -> tuple[str, ...] | None:
-        """Return the temporary files that may exist, by the content of the lock file; `None` if the content may be wrong.
+        """Return the temporary files that the lock file lists; `None` if its content may be wrong.
 
         The content may be wrong in a copied lock file, or after a power cut, which can undo the last write. So
         the content must have the boot id of the running kernel, and the inode of this file.
@@ -197,7 +197,10 @@ class Lock:
             self.forget(*paths)
 
     def note_left(self, left: tuple[str, ...]) -> None:
-        """Replace the names of files of earlier sessions in the lock file by the files in `left` that still exist."""
+        """Write to the lock file which files of earlier sessions still exist: those of `left` that are not gone.
+
+        Their names replace the earlier names of such files.
+        """
         left = tuple(path for path in left if not lookup.is_gone(path))
         with self._telling:
             if self.left != left:
@@ -207,7 +210,7 @@ class Lock:
     def _who(self) -> str:
         try:
             holder = msgspec.json.decode(fs.read_lock(self._fd, self.path), type=LockHolder)
-        except NOT_JSON:  # the holder has the lock, but has not written its name yet
+        except NOT_JSON:  # the holder has not written its name yet, or could not write it
             holder = None
         if self._identity in _ours:
             who = f"pid {os.getpid()}" if holder is None else str(holder)
@@ -219,7 +222,8 @@ class Lock:
         """Check that this process took the lock. The call does not block.
 
         Raises:
-            UnsupportedError: This process is a forked child, and has no threads that write.
+            UnsupportedError: This process is a forked child. Its parent took the lock, and only the parent has the
+                threads that write.
         """
         if self.is_parents:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(
@@ -232,6 +236,7 @@ class Lock:
         Raises:
             FencedError: The lock is lost: the file was deleted or replaced, or other code in
                 this process closed its descriptor. Another process may own the state now.
+            StorageError: The path cannot be looked up. It is not known whether the lock is lost.
         """
         if lookup.both_refer_to(self.path, self._fd, self._identity):
             return
@@ -316,16 +321,18 @@ def read_holder(path: str) -> LockHolder | None:
 
 
 def is_here(holder: LockHolder) -> bool:
-    """Return whether the process that a lock file names runs on this machine.
+    """Return whether a lock file names a process of this machine. The process may have ended.
 
     Containers of one machine have different host names, and different machines may have equal host names.
     So the boot ids of the kernels are compared, if both are known. Otherwise the host names are compared.
+    A holder that does not share its state writes its boot id only to `boot`.
     """
-    return holder.kernel == _boot() if holder.kernel and _boot() else holder.host == _host()
+    known = holder.kernel or holder.boot
+    return known == _boot() if known and _boot() else holder.host == _host()
 
 
 def refusal(path: str, holder: LockHolder) -> StorageError | None:
-    """Return the error of a process that cannot share a state with the holder of its lock; `None` if it can.
+    """Return the error for this process if it cannot share a state with the holder of the state's lock; `None` if it can.
 
     Args:
         path: The path of the lock file.

@@ -338,6 +338,8 @@ def test_the_machine_of_a_holder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_here(with_values("web-1", "0-2"))
     assert is_here(with_values("web-1", ""))
     assert not is_here(with_values("web-2", ""))
+    assert is_here(LockHolder("another-container", 7, STARTED, boot="0-1"))
+    assert not is_here(LockHolder("web-1", 7, STARTED, boot="0-2"))
     monkeypatch.setattr(_lock, "_boot", lambda: "")
     assert is_here(with_values("web-1", "0-2"))
     assert not is_here(with_values("web-2", "0-2"))
@@ -362,6 +364,14 @@ async def test_an_owner_that_is_not_shared(tmp_path: Path) -> None:
         f"{tmp_path}/lab.lock is locked by {holder}, which does not share this state: start that process with "
         "Config(shared=True) as well, or stop it"
     )
+
+
+def test_an_owner_that_is_not_shared_in_another_container() -> None:
+    """The lock file of such an owner has the boot id of this machine, so the error does not say "another machine"."""
+    boot = _lock._boot()
+    error = refusal("/srv/lab.lock", LockHolder("another-container", 7, STARTED, boot=boot, inode=1))
+    assert isinstance(error, LockedError)
+    assert "which does not share this state" in str(error)
 
 
 def test_an_owner_on_another_machine() -> None:
