@@ -367,8 +367,7 @@ def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
             f"its member {RESERVED!r} is damaged; restore a copy. If it was edited by hand, delete the member: then no key "
             "expires, and revisions begin at 0",
         ) from None
-    is_edited = meta.crc32 is None and _ID.fullmatch(meta.id) is not None  # lost bytes rarely leave a whole id
-    if is_edited and meta.format == FORMAT and 0 <= meta.revision < _LAST_REVISION:
+    if is_edited(meta) and meta.format == FORMAT and 0 <= meta.revision < _LAST_REVISION:
         return msgspec.structs.replace(meta, revision=meta.revision + 1)
     # The member contains the checksum of all bytes before `,"crc32":"`. This checksum is continued over the other bytes.
     # The result must be `crc`.
@@ -384,6 +383,11 @@ def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
     return meta
 
 
+def is_edited(meta: Meta) -> bool:
+    """Return whether a person has deleted the checksum of a reserved member, and nothing else in it."""
+    return meta.crc32 is None and _ID.fullmatch(meta.id) is not None  # lost bytes rarely leave a whole id
+
+
 def _check_times(expires: Mapping[str, int], entries: Container[str], path: str) -> None:
     for key in expires:
         if key not in entries:
@@ -394,7 +398,7 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
     """Check that an object without the reserved member is not a damaged snapshot; see also `_check_entries`."""
     tail = data[data.rfind(b'{"format":') : -1]
     for suspect in (next(reversed(entries.values()), Raw(b"null")), tail):
-        if _looks_like_member(suspect):
+        if looks_like_member(suspect):
             raise CorruptionError(
                 path,
                 len(data) - len(tail),
@@ -433,7 +437,8 @@ def _why_not(value: Raw) -> str | None:
     return f"has more than {MAX_DEPTH} levels of nesting; use fewer" if too_deep(bytes(value)) else None
 
 
-def _looks_like_member(value: Raw | bytes) -> bool:
+def looks_like_member(value: Raw | bytes) -> bool:
+    """Return whether the JSON of a value has the members of the reserved member."""
     try:
         members = msgspec.json.decode(value, type=dict[str, Raw])
     except NOT_JSON:

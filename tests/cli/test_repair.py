@@ -92,7 +92,7 @@ async def test_values_that_may_be_wrong(tmp_path: Path) -> None:
     found = await repaired(world)
     assert (found["keys"], found["revision"]) == (4, 4)
     assert found["lost"] == [
-        "the snapshot: its checksum does not match its contents. No value is lost, but one or more of them may be wrong"
+        "the snapshot: its checksum does not match its contents. The keys and values that can be read are kept, but one or more of them may be wrong"
     ]
     view = await read_state("shop", FileStorage(tmp_path / "state"))
     assert await view.expires_in("cart/ann") is not None
@@ -108,8 +108,8 @@ async def test_a_snapshot_that_is_cut_off(tmp_path: Path) -> None:
     path.write_bytes(data[: data.index(b'"cart/ann"') + 14])
     found = await repaired(world)
     assert found["keys"] == 2
-    assert "which are not JSON. The keys in them are lost" in found["lost"][0]
-    assert "and with it the revision and all expiry times" in found["lost"][1]
+    assert "All keys from there on are lost" in found["lost"][0]
+    assert "and with it the revision, all expiry times and the version of the schema" in found["lost"][1]
 
 
 async def test_nothing_to_repair(tmp_path: Path) -> None:
