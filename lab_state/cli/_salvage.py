@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lab_state.storage.s3._pieces import Pieces
 
 _SHOWN = 20
+_MOST_REVISION = 2**62  # no state reaches it
 _SPACES = frozenset(" \t\r\n")
 _AFTER_NUMBER = _SPACES | {",", "}"}
 _decode_at = json.JSONDecoder(parse_int=float).raw_decode  # `int` refuses a number of more than 4,300 digits
@@ -261,7 +262,7 @@ def _damaged(data: bytes, what: str, reason: str, lost: list[str]) -> _Start:
 
 
 def _meta(entries: dict[str, Raw], *, is_whole: bool) -> Meta | None:
-    """Take the reserved member out of `entries`, and return it. Return `None` if it is missing or damaged.
+    """Take the reserved member out of `entries`, and return it. Return `None` if it is missing or damaged, or its revision is impossible.
 
     Its name may be damaged. Then it is the last member, if all members could be read.
     """
@@ -272,7 +273,7 @@ def _meta(entries: dict[str, Raw], *, is_whole: bool) -> Meta | None:
         meta = msgspec.json.decode(member or b"", type=Meta)
     except NOT_JSON:
         return None
-    return meta if meta.revision >= 0 else None
+    return meta if 0 <= meta.revision < _MOST_REVISION else None
 
 
 class _Members(NamedTuple):
