@@ -765,6 +765,19 @@ class TestWhileTheTimeComes:
             assert await state.get_or_set("a", lambda: "new") in ("old", "new")
 
 
+async def test_many_keys_are_read_at_one_time() -> None:
+    """Keys with the same expiry are all in a result, or none of them is, even if time passes while they are read."""
+    clock, keys, sizes = TickingClock(), list("abcdef"), set[int]()
+    async with manager(MemoryStorage(), clock) as state:
+        for steps in range(20, 40):
+            clock.step = 0
+            await state.set_many(dict.fromkeys(keys, 1), ttl=steps / 100)
+            clock.step = 0.01
+            while "a" in state:
+                sizes |= {len(await state.get_many(keys)), len(await state.get_all())}
+    assert sizes == {0, 6}
+
+
 async def test_delete_all_of_what_expired_is_durable(clock: ManualClock) -> None:
     """With a flush_interval of 0, what delete_all changed is durable when it returns, also when it counts nothing."""
     async with Manager(Config(name="test", flush_interval=0), MemoryStorage(), clock=clock) as state:

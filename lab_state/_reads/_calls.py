@@ -416,9 +416,13 @@ class Reads(Ranges):
         if type_ is not Any:
             check_type(type_)
         found: dict[str, Any] = {}
+        state = self._core.state
+        now = (
+            state.now() if state.expires else None
+        )  # one time for all keys, so that keys with the same expiry expire together
         for key in keys:
             try:
-                value = self._get(key, MISSING_VALUE, type_)
+                value = self._get(key, MISSING_VALUE, type_) if now is None else self._get_at(now, key, type_)
             except TypeMismatchError:
                 if not is_skipping:
                     raise
@@ -428,6 +432,13 @@ class Reads(Ranges):
                 if len(found) == limit:
                     break
         return found
+
+    def _get_at(self, now: int, key: str, type_: Any) -> Any:
+        """Return the value of a key at the time `now`; `MISSING_VALUE` if the key is missing, or has expired by then."""
+        entries, full = self._core.state.entries, self._full(key)
+        if full in entries and isinstance(stored := entries[full], Expiring):
+            return self._decode(key, stored.value, MISSING_VALUE, type_) if stored.at > now else MISSING_VALUE
+        return self._get(key, MISSING_VALUE, type_)
 
     def _missing(self, key: object, default: object, type_: Any = Any) -> Any:
         """Return the default for a key that was not found, or raise an error about the key, the type or the manager."""
