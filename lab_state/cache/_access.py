@@ -129,10 +129,16 @@ class MirrorAccess(Iterates):
     def _lives(self, writer: str, below: int) -> bool:
         return self._feed is not None and self._feed.lives(writer, below)
 
-    def _alive(self, entries: dict[str, Stored]) -> dict[str, Stored]:
-        """Return the entries that have not expired."""
+    def _alive(self, entries: dict[str, Stored]) -> dict[str, Value]:
+        """Return the values of the entries that have not expired."""
         now = self._clock.time() * 1000
-        return {key: stored for key, stored in entries.items() if not isinstance(stored, Expiring) or stored.at > now}
+        alive: dict[str, Value] = {}
+        for key, stored in entries.items():
+            if not isinstance(stored, Expiring):
+                alive[key] = stored
+            elif stored.at > now:
+                alive[key] = stored.value
+        return alive
 
     def _missing(self, key: str, default: object) -> Any:
         if default is MISSING:
@@ -153,9 +159,9 @@ class MirrorAccess(Iterates):
 
     def _all_decoded(self, entries: dict[str, Stored], type_: Any, *, is_skipping: bool) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for key, stored in self._alive(entries).items():
+        for key, value in self._alive(entries).items():
             try:
-                found[key] = self._decoded(key, stored, MISSING, type_)
+                found[key] = self._decoded(key, value, MISSING, type_)
             except TypeMismatchError:
                 if not is_skipping:
                     raise

@@ -41,6 +41,10 @@ _ADVICE: dict[str, str] = {
     "BusyLoadingError": "it is loading its data",
 }
 
+_NOT_A_URL = (
+    "not a URL of Redis: such a URL begins with redis://, rediss:// or unix://, and has the options of redis-py"
+)
+
 
 Command: TypeAlias = bytes | tuple[bytes, ...]
 """A command as bytes. A command with a large value is a tuple of parts, and the value is one of the parts."""
@@ -110,7 +114,7 @@ class Dialer:
         """Keep a URL or a pool of redis-py.
 
         Raises:
-            ValueError: The text is not a URL of Redis.
+            ValueError: The text is not a URL of Redis, or has an option that redis-py does not know.
             TypeError: `url` is neither a text nor a pool of `redis.asyncio`.
         """
         if isinstance(url, str):
@@ -120,9 +124,7 @@ class Dialer:
         try:
             pool = cast("Any", ConnectionPool).from_url(url) if isinstance(url, str) else url
         except ValueError:
-            raise ValueError(
-                "not a URL of Redis: such a URL begins with redis://, rediss:// or unix://, and has the options of redis-py"
-            ) from None
+            raise ValueError(_NOT_A_URL) from None
         self._pool = pool  # kept here, because a connection by Sentinel has only a weak reference to its pool
         self._make: Any = pool.connection_class
         # Remove the options that redis-py 8 adds for RESP3.
@@ -138,6 +140,11 @@ class Dialer:
         if (driver := getattr(redis, "DriverInfo", None)) is not None and "driver_info" not in given:
             # Without this option, redis-py reads its own version from the file system for each connection.
             self._options["driver_info"] = driver(lib_version=redis.__version__)
+        if isinstance(url, str):
+            try:
+                self._make(**self._options)  # this opens no connection
+            except Exception:  # noqa: BLE001 -- redis-py raises many errors for a bad option, and their text may quote it
+                raise ValueError(_NOT_A_URL) from None
         self.path: str = _address(given, is_url=isinstance(url, str))
 
     async def connect(self, clock: Clock) -> Connection:

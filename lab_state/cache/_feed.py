@@ -86,12 +86,17 @@ class Feed:
         self._task = asyncio.create_task(self._run(), name="lab_state reader")
 
     async def aclose(self) -> None:
-        """End the task and all watches. A watch still yields the changes that were received before."""
-        self._task.cancel()
-        await asyncio.wait({self._task})
+        """End the task and all watches. A watch still yields the changes that were received before.
+
+        If this call is cancelled, the task and the watches end as well.
+        """
         for watcher in self.watchers:
             watcher.close()
         self._notify()
+        # If the event loop of the task was closed, the task has ended, and a wait for it would raise an error.
+        if not self._task.done():
+            self._task.cancel()
+            await asyncio.wait({self._task})
 
     def lives(self, writer: str, below: int) -> bool:
         """Return whether the last message is from this writer, has a revision below `below`, and is not too old.

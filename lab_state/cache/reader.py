@@ -109,6 +109,8 @@ class Reader(MirrorAccess):
     async def aclose(self) -> None:
         """Close all connections. Open watches end. A second call does nothing.
 
+        If this call is cancelled, the reader is closed as well.
+
         In a forked child, this call does nothing, because the connections belong to the parent.
         """
         if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
@@ -118,9 +120,11 @@ class Reader(MirrorAccess):
         self._local.close_views()
         self._guard.close(self._local.highest)
         self._readable = False
-        if feed is not None:
-            await feed.aclose()
-        await self._source.aclose()
+        try:
+            if feed is not None:
+                await feed.aclose()
+        finally:
+            await self._source.aclose()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Refuse every call if the reader is open. This runs in a forked child. The parent's reader is not affected."""
@@ -339,7 +343,7 @@ class Reader(MirrorAccess):
             moved = self._open.moved
             if look:
                 reached, problem = await self._reached(max(deadline - self._clock.monotonic(), _LOOK_AGAIN_SECONDS))
-                if reached >= revision:
+                if reached is not None and reached >= revision:
                     return
             if (left := deadline - self._clock.monotonic()) <= 0:
                 raise WaitTimeoutError(
@@ -349,15 +353,15 @@ class Reader(MirrorAccess):
             # After a message with a lower revision, a read of the mirror would not help.
             look = not heard or self._is_local or self._open.revision >= revision
 
-    async def _reached(self, seconds: float) -> tuple[int, str]:
-        """Return the revision that a read would use now, and a text that states it. If a read would fail, return -1 and the reason."""
+    async def _reached(self, seconds: float) -> tuple[int | None, str]:
+        """Return the revision that a read would use now, and a text that states it. If a read would fail, return `None` and the reason."""
         try:
             with within(self._clock, seconds):
                 reached = await self.revision()
         except UnavailableError as error:
-            return -1, str(error)
+            return None, str(error)
         except TimeoutError:
-            return -1, f"{self._source.path} does not answer"
+            return None, f"{self._source.path} does not answer"
         return reached, f"it is at {reached}"
 
     def watch(self, prefix: str = "") -> AbstractAsyncContextManager[AsyncIterator[Change]]:

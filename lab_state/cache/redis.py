@@ -42,7 +42,8 @@ class RedisCache:
         Raises:
             ImportError: The extra is missing: `pip install 'lab-state[redis]'`, or
                 `pip install '.[redis]'` in a clone of lab_state.
-            ValueError: `url` is not a URL of Redis, or `prefix` has a lone surrogate.
+            ValueError: `url` is not a URL of Redis, or has an option that redis-py does not know. Or `prefix` has a lone
+                surrogate.
             TypeError: An argument has the wrong type.
         """
         try:

@@ -114,14 +114,32 @@ async def test_expiry(local: Any, until: Any) -> None:
         assert sorted(await reader.keys()) == ["b", "c"]
 
 
+class HastyClock(ManualClock):
+    """A clock whose wall clock goes on by 40 milliseconds whenever it is read."""
+
+    def time(self) -> float:
+        self.jump(0.04)
+        return super().time()
+
+
+async def test_keys_that_expire_during_a_read() -> None:
+    """If keys expire while `get_many` decodes their values, it returns the values of one moment, and raises no error."""
+    cache, clock = MemoryCache(), ManualClock()
+    async with writer(cache, clock) as state, cache.reader("name", clock=HastyClock()) as reader:
+        await state.set_many({"a": 1, "b": 2}, ttl=0.1)
+        await reader.wait_revision(await state.set("c", 3))
+        assert await reader.get_many(["a", "b", "c"]) == {"a": 1, "b": 2, "c": 3}
+
+
 async def test_no_copy_is_not_missing(cache: Any, local: Any) -> None:
     """Without a mirror, or with half of one, no key is reported as missing."""
     async with cache.reader("name", local=local) as reader:
         for call in (reader.get("a", 1), reader.get_many(["a"]), reader.get_all(), reader.exists("a"), reader.keys()):
             with pytest.raises(UnavailableError, match="no mirror of 'name'"):
                 await call
-        with pytest.raises(WaitTimeoutError, match=r"revision 3 within 0.01 s: there is no mirror"):
-            await reader.wait_revision(3, timeout=0.01)
+        for revision in (3, -1):
+            with pytest.raises(WaitTimeoutError, match=rf"revision {revision} within 0.01 s: there is no mirror"):
+                await reader.wait_revision(revision, timeout=0.01)
 
 
 @pytest.mark.parametrize("lost", [("values", None), ("expires", None), ("values", b"5"), ("expires", b"{}")])
@@ -304,6 +322,32 @@ async def test_a_watch_ends_with_its_reader() -> None:
     async with cache.reader("name") as reader, reader.watch() as changes:
         await reader.aclose()
         assert [change async for change in changes] == []
+
+
+async def test_a_watch_ends_if_the_closing_is_cancelled() -> None:
+    """A watch ends when its reader is closed, even if `aclose` is cancelled."""
+    cache = MemoryCache()
+    async with cache.reader("name") as reader, reader.watch() as changes:
+        closing = asyncio.create_task(reader.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        async with asyncio.timeout(1):
+            assert [change async for change in changes] == []
+
+
+def test_closing_in_a_later_event_loop() -> None:
+    """A reader whose event loop was closed can be closed in another loop, and opened again there."""
+    reader = MemoryCache().reader("name")
+
+    async def close_and_open() -> None:
+        await reader.aclose()
+        async with reader:
+            assert not reader.up
+
+    asyncio.run(reader.__aenter__())
+    asyncio.run(close_and_open())
 
 
 # Subscriptions that are lost

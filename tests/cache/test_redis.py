@@ -102,6 +102,16 @@ def test_a_url_that_is_none() -> None:
 
 
 @pytest.mark.parametrize(
+    "end", ["redis://host?unknown=5678", "rediss://host?ssl_cert_reqs=5678", "redis://host?retry=5678"]
+)
+def test_an_option_that_redis_py_refuses(end: str) -> None:
+    """A wrong option of a URL is refused at once, and not at the first read. The message does not quote it."""
+    with pytest.raises(ValueError, match="the options of redis-py") as caught:
+        RedisCache(end)
+    assert "5678" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "redis://me:12345#rest@host",
@@ -227,7 +237,7 @@ async def test_more_readers_than_connections_are_kept(redis_server: Any, monkeyp
         assert len(reader._source._free) == 2  # type: ignore[attr-defined]
 
 
-async def test_an_older_redis_py(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_redis_py(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions before redis-py 7 have no driver information, and work."""
     monkeypatch.delattr("redis.DriverInfo")
     assert "driver_info" not in RedisCache(redis_server.url)._dialer._options
