@@ -222,6 +222,14 @@ def moment_of_record(record: bytes) -> Moment | None:
     return Moment(found.end, found.wall)
 
 
+def start_of_record(record: bytes) -> int | None:
+    """Return the revision before the first change of a record. Return `None` if it is not a record."""
+    try:
+        return _decode_record(record).start
+    except NOT_JSON:
+        return None
+
+
 def revision_of_record(record: bytes) -> int | None:
     """Return the last revision of a record. Return `None` if it is not a record. Only the start of a record of lab_state is read."""
     if (found := _REVISIONS.match(record)) is not None:

@@ -37,6 +37,7 @@ from lab_state import (
     UnavailableError,
     UnsupportedError,
     copy_state,
+    read_state,
 )
 from lab_state.storage import s3 as module
 from lab_state.storage.s3._body import Upload
@@ -454,6 +455,41 @@ async def test_a_file_put_there_beside_records_that_are_not_its_own(bucket: Buck
     bucket.put(SNAPSHOT, PLAIN)
     with pytest.raises(CorruptionError, match="follows is not the present one"):
         await Manager(NAME, bucket.storage()).start()
+
+
+async def test_an_edit_beside_records_that_are_older(bucket: Bucket) -> None:
+    """A snapshot that was edited while there were records is refused: the edit and the first record have the same revision."""
+    config = Config(NAME, flush_interval=0)
+    async with Manager(config, bucket.storage()) as state:
+        await state.set("a", 1)
+    state = Manager(config, bucket.storage())
+    await state.start()
+    await state.set("b", 2)
+    await state.set("c", 3)
+    await flusher_of(state).abort().aclose()
+    data, metadata = bucket.get(SNAPSHOT)
+    edited = data[: data.rfind(b',"crc32"')].replace(b'"a":1', b'"a":9') + b"}}"
+    bucket.put(SNAPSHOT, edited, metadata)
+    for read in (Manager(config, bucket.storage()).start(), read_state(NAME, bucket.storage())):
+        with pytest.raises(
+            CorruptionError, match="was edited, but there are records that were written before the edit"
+        ):
+            await read
+    bucket.put(SNAPSHOT, data, metadata)
+    assert await (await read_state(NAME, bucket.storage())).get_all() == {"a": 1, "b": 2, "c": 3}
+
+
+async def test_records_after_an_edit(bucket: Bucket) -> None:
+    """Records that were written after the edit of a snapshot are loaded."""
+    config = Config(NAME, flush_interval=0)
+    async with Manager(config, bucket.storage()) as state:
+        await state.set("a", 1)
+    data, metadata = bucket.get(SNAPSHOT)
+    bucket.put(SNAPSHOT, data[: data.rfind(b',"crc32"')].replace(b'"a":1', b'"a":9') + b"}}", metadata)
+    session = await bucket.storage().open(NAME)
+    await session.commit(b'{"from":2,"to":3,"clear":false,"set":{"b":2},"delete":[],"expires":{}}', VIEW)
+    await session.aclose()
+    assert await (await read_state(NAME, bucket.storage())).get_all() == {"a": 9, "b": 2}
 
 
 async def test_a_copy_that_lost_its_metadata(bucket: Bucket) -> None:

@@ -25,8 +25,9 @@ import zlib
 from collections.abc import Coroutine, Iterable
 from typing import Any, NamedTuple
 
-from lab_state._journal import NO_BASE, base_of
+from lab_state._journal import NO_BASE, SNAPSHOT_END, SNAPSHOT_END_BYTES, base_of
 from lab_state.exceptions import CorruptionError, UnsupportedError
+from lab_state.storage._generations import moment_of_snapshot, start_of_record
 from lab_state.storage._protocol import Recovery
 from lab_state.storage.s3._body import LONG, Body
 from lab_state.storage.s3._client import Requests
@@ -328,11 +329,11 @@ class Loader:
     def _misfit(self, listed: dict[int, int]) -> str | None:
         """Return a description of the problem if a record follows another snapshot; otherwise `None`.
 
-        A snapshot with a stamp needs no check, because the stamp has the number of the last
+        A snapshot with a stamp needs no check, unless it was edited, because the stamp has the number of the last
         record that it covers.
         """
         if self._stamp is not None:
-            return None
+            return self._older_than_edit(listed)
         for number in listed:
             found = self._objects.get(number)
             if found is not None and found.record is not None and found.base not in {None, self._base}:
@@ -348,6 +349,24 @@ class Loader:
                     f"with an empty state if there is none, delete everything under {self._names.journal}"
                 )
         return None
+
+    def _older_than_edit(self, listed: dict[int, int]) -> str | None:
+        """Return a description of the problem if the snapshot was edited after a record was written; otherwise `None`.
+
+        The edit and the changes of such a record have the same revisions, so the record cannot be applied to the edit.
+        """
+        assert self._snapshot is not None  # it has a stamp
+        data = self._snapshot[1]
+        first = next((one.record for number in listed if (one := self._objects.get(number)) and one.record), None)
+        if first is None or SNAPSHOT_END.search(data, max(0, len(data) - SNAPSHOT_END_BYTES)) is not None:
+            return None
+        edit, start = moment_of_snapshot(data), start_of_record(first)
+        if edit is None or start is None or start >= edit.revision:  # what cannot be decoded is found by the start
+            return None
+        return (
+            "the snapshot was edited, but there are records that were written before the edit; restore the snapshot. To "
+            f"start from the edited snapshot instead, without the records, delete everything under {self._names.journal}"
+        )
 
     def _loaded(self, covered: int, listed: dict[int, int]) -> Loaded:
         found, data = (None, None) if self._snapshot is None else self._snapshot
