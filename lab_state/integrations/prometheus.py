@@ -7,6 +7,7 @@ import concurrent.futures
 import math
 from collections.abc import Callable, Generator, Iterator
 
+import msgspec
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -71,7 +72,7 @@ class LabStateCollector(Collector):
     Each metric has a label `name`. The collector reads all metrics during a scrape, and does
     nothing between scrapes. Any thread may scrape. A running manager is read on its event loop. If
     that loop does not answer within 5 seconds, `lab_state_up` is 0, and the other metrics of this
-    manager are missing. If the manager does not run, `lab_state_up` is also 0, but the other
+    manager are missing. If the manager does not run, or its loop is closed, `lab_state_up` is also 0, but the other
     metrics are still reported. A manager that runs in the parent of a forked child does not run in the child.
     """
 
@@ -114,6 +115,9 @@ def _read(manager: Manager) -> tuple[Status, Metrics] | None:
     except (ClosedError, UnsupportedError):
         # The manager does not run, or runs in the parent of this forked process: `status` and `metrics` are safe in any thread.
         return read()
+    if loop.is_closed():  # the manager was not stopped, so its phase is still `running`
+        status, metrics = read()
+        return msgspec.structs.replace(status, phase="stopped"), metrics
     if loop is _running_loop() or not loop.is_running():
         return read()
     answer: concurrent.futures.Future[tuple[Status, Metrics]] = concurrent.futures.Future()

@@ -191,7 +191,7 @@ async def test_a_scrape_in_a_forked_child() -> None:
 
 
 def test_a_loop_that_is_gone() -> None:
-    """A manager whose event loop was closed while it ran is still read."""
+    """A manager whose event loop was closed while it ran is reported as down, and is still read."""
     state = Manager(Config(name="a", flush_interval=None), MemoryStorage())
 
     async def main() -> None:
@@ -199,7 +199,8 @@ def test_a_loop_that_is_gone() -> None:
         await state.set("key", 1)
 
     asyncio.run(main())
-    assert value_of(scrape(state), "keys") == 1
+    found = scrape(state)
+    assert (value_of(found, "up"), value_of(found, "keys")) == (0, 1)
     asyncio.run(state.stop())
 
 
