@@ -79,8 +79,10 @@ class LabStatePlugin(InitPlugin):
         """Add the managers and readers to the application. Litestar calls this.
 
         Raises:
-            ValueError: The application already has a dependency with one of the names.
+            ValueError: The application already has a dependency with one of the names, or another plugin of this class.
         """
+        if KEY in app_config.state:
+            raise ValueError("there is a LabStatePlugin already; pass all managers and readers to one plugin")
         for parameter, one in self._parameters.items():
             if parameter in app_config.dependencies:
                 raise ValueError(f"there is a dependency {parameter!r} already; choose another parameter")
@@ -210,7 +212,10 @@ def sse(
         ValueError: `heartbeat` is not above 0, `retry` is below 0, or one of them is not finite.
     """
     check_times(heartbeat, retry)
-    stream = event_stream(watch, stop_of(_served(request)), data=data, heartbeat=heartbeat, retry=retry)
+    stop = stop_of(_served(request))
+    if request.method == "HEAD":  # a HEAD request gets no body, so nothing would end the stream
+        return Stream(iter(()), headers=HEADERS, media_type=MEDIA_TYPE)
+    stream = event_stream(watch, stop, data=data, heartbeat=heartbeat, retry=retry)
     return Stream(stream, headers=HEADERS, media_type=MEDIA_TYPE)
 
 
@@ -325,11 +330,12 @@ class LabStateStore(NamespacedStore):
             InvalidValueError: The text has lone surrogates, or `expires_in` is more than
                 10,000,000,000 seconds.
         """
+        kept = value if isinstance(value, str) else _from_bytes(value)
         ttl = expires_in.total_seconds() if isinstance(expires_in, timedelta) else expires_in
-        if ttl is not None and ttl <= 0:
+        if isinstance(ttl, int | float) and not isinstance(ttl, bool) and ttl <= 0:
             await self.delete(key)
             return
-        await self.namespace.set(part(key), value if isinstance(value, str) else _from_bytes(value), ttl=ttl)
+        await self.namespace.set(part(key), kept, ttl=ttl)
 
     async def get(self, key: str, renew_for: int | timedelta | None = None) -> bytes | None:
         """Return a value; `None` if it is missing or has expired.
@@ -379,6 +385,8 @@ class LabStateStore(NamespacedStore):
 
 
 def _from_bytes(value: bytes) -> str | _Base64Bytes:
+    if not isinstance(value, bytes | bytearray):
+        raise TypeError(f"a value of a store is a str or bytes, not {type(value).__name__}")
     try:
         return value.decode()
     except UnicodeDecodeError:

@@ -129,6 +129,8 @@ def test_arguments_are_checked_at_once() -> None:
         LabStatePlugin(one="a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="there is a dependency 'a' already"):
         Litestar(plugins=[LabStatePlugin(a=state)], dependencies={"a": Provide(lambda: 1, sync_to_thread=False)})
+    with pytest.raises(ValueError, match="pass all managers and readers to one plugin"):
+        Litestar(plugins=[LabStatePlugin(a=state), LabStatePlugin(b=Manager("b", MemoryStorage()))])
     with pytest.raises(ValueError, match="above 0"):
         health(max_unflushed_age=0)
 
@@ -275,6 +277,15 @@ async def test_what_has_expired_is_not_stored(store: LabStateStore, expires_in: 
     await store.set("key", b"old")
     await store.set("key", b"new", expires_in=expires_in)
     assert await store.get("key") is None
+
+
+@pytest.mark.parametrize(("value", "expires_in"), [(5, None), (memoryview(b"v"), 0), (b"v", False), (b"v", "60")])
+async def test_bad_values_change_nothing(store: LabStateStore, value: Any, expires_in: Any) -> None:
+    """A value that is neither text nor bytes, and an expiry that is no number, are a `TypeError`. The old value stays."""
+    await store.set("key", b"old")
+    with pytest.raises(TypeError, match=r"a value of a store is a str or bytes, not|ttl must be a number of seconds"):
+        await store.set("key", value, expires_in)
+    assert await store.get("key") == b"old"
 
 
 @pytest.mark.parametrize("renew_for", [10, timedelta(seconds=10)], ids=repr)
