@@ -41,10 +41,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EndEvent:
-    """An event that can be set once. It then calls all functions that were registered with `calling`.
+    """An event. When it is set, it calls all functions that were registered with `calling`.
 
     Attributes:
-        is_set: Whether the event was set.
+        is_set: Whether the event is set.
     """
 
     def __init__(self) -> None:
@@ -57,6 +57,10 @@ class EndEvent:
             self.is_set = True
             for callback in tuple(self._callbacks):
                 callback()
+
+    def clear(self) -> None:
+        """Let the event be set again, because the application is started again."""
+        self.is_set = False
 
     @contextmanager
     def calling(self, callback: Callable[[], object]) -> Generator[None]:
@@ -181,7 +185,9 @@ async def send_changes(
         drop_input: A function that drops all messages of the client, and returns when the client
             has left.
         send: A function that sends one text.
-        client_left: The errors that `send` raises when the client has left.
+        client_left: The errors that `send` and `drop_input` raise when the client has left.
+
+    All other errors of `data`, `drop_input` and `send` are passed on.
     """
     end = EndEvent()
 
@@ -193,14 +199,20 @@ async def send_changes(
 
     reading = asyncio.create_task(read())
     try:
-        with stop.calling(end.set), suppress(*client_left):
+        with stop.calling(end.set):
             async with aclosing(changes_until(end, watch, math.inf)) as changes:
                 async for change in changes:
                     assert change is not None  # without a heartbeat, no change is `None`
-                    await send(_encode(change, data).decode())
+                    text = _encode(change, data).decode()
+                    try:
+                        await send(text)
+                    except client_left:  # the same errors of `data` and of the watch are passed on
+                        break
     finally:
         reading.cancel()
         await asyncio.wait([reading])
+    with suppress(asyncio.CancelledError, *client_left):
+        reading.result()  # raises another error of `drop_input`
 
 
 async def drop_messages(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
@@ -210,8 +222,8 @@ async def drop_messages(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> 
 
 
 def _encode(change: Change, data: Data | None) -> bytes:
-    """Encode a change as JSON in one line."""
-    return msgspec.json.encode(change if data is None else data(change))
+    """Encode a change as JSON in one line. The result of `data` may have a `msgspec.Raw` with line breaks."""
+    return msgspec.json.encode(change if data is None else data(change)).translate(None, b"\r\n")
 
 
 def check_times(heartbeat: float, retry: float) -> None:
@@ -224,7 +236,14 @@ def check_times(heartbeat: float, retry: float) -> None:
     for name, seconds in (("heartbeat", heartbeat), ("retry", retry)):
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):
             raise TypeError(f"{name} must be a number of seconds, not {type(seconds).__name__}")
-    if not 0 < heartbeat < math.inf:
+    if not 0 < _milliseconds(heartbeat) < math.inf:
         raise ValueError("heartbeat must be above 0 seconds, and finite")
-    if not 0 <= retry < math.inf:
+    if not 0 <= _milliseconds(retry) < math.inf:
         raise ValueError("retry must be 0 seconds or more, and finite")
+
+
+def _milliseconds(seconds: float) -> float:
+    try:
+        return seconds * 1000.0
+    except OverflowError:  # an int that no float can hold
+        return math.inf

@@ -48,17 +48,21 @@ def revisions_of(headers: Headers, names: Collection[str]) -> dict[str, int]:
     return found
 
 
-def headers_for(written: Mapping[str, int], *, cookie: bool, secure: bool) -> list[tuple[bytes, bytes]]:
-    """Return the headers that send revisions to a client. If there are no revisions, there are no headers.
+def headers_for(
+    written: Mapping[str, int], sent: Mapping[str, int], *, cookie: bool, secure: bool
+) -> list[tuple[bytes, bytes]]:
+    """Return the headers that send revisions to a client. If nothing was written, there are no headers.
 
     Args:
-        written: The revisions by the name of the state.
+        written: The new revisions by the name of the state.
+        sent: The revisions that the client has sent. They are repeated in `HEADER`, because a client keeps only its last value.
         cookie: Whether the revisions are sent as cookies, too.
         secure: Whether the request came over HTTPS.
     """
     if not written:
         return []
-    headers = [(HEADER, ", ".join(f"{name}={revision}" for name, revision in written.items()).encode())]
+    known = {**written, **{name: revision for name, revision in sent.items() if name not in written}}
+    headers = [(HEADER, ", ".join(f"{name}={revision}" for name, revision in known.items()).encode())]
     if cookie:
         attributes = b"; Path=/; Max-Age=%d; HttpOnly; SameSite=Lax%b" % (MAX_AGE, b"; Secure" if secure else b"")
         headers += [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 from aiohttp import WSCloseCode, web
 from aiohttp.typedefs import Handler, Middleware
@@ -68,9 +68,13 @@ def setup(app: web.Application, *served: Manager | Reader) -> None:
     if _STOP not in app:
         stop = app[_STOP] = EndEvent()
 
+        async def starting(_: web.Application) -> None:
+            stop.clear()  # the application may have run before, as in a test
+
         async def stopping(_: web.Application) -> None:
             stop.set()
 
+        app.on_startup.append(starting)
         app.on_shutdown.append(stopping)  # aiohttp calls this before it waits for its connections
 
 
@@ -169,7 +173,8 @@ def errors(app: web.Application, *, retry_after: int = 1) -> None:
 
     The call adds a middleware outside the existing middlewares, so the existing ones get the error first. The new
     middleware also answers errors of sub-applications. A response that has begun, such as the response to a
-    WebSocket request, cannot be changed. If an error occurs after that, it is passed on to aiohttp.
+    WebSocket request, cannot be changed. If an error occurs after that, it is passed on to aiohttp. A second call for
+    the same application has no effect.
 
     Args:
         app: The application, not yet running.
@@ -250,10 +255,12 @@ async def sse(
     if request.method == "HEAD":  # a HEAD request gets no body, so nothing would end the stream
         return response
     stream = event_stream(watch, stop, data=data, heartbeat=heartbeat, retry=retry)
-    with suppress(ConnectionError):  # the client has left
-        async with aclosing(stream):
-            async for part in stream:
+    async with aclosing(stream):
+        async for part in stream:
+            try:
                 await response.write(part)
+            except ConnectionError:  # the client has left; the same error of `data` is passed on
+                break
     return response
 
 

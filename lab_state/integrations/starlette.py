@@ -164,9 +164,10 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
     traceback and without a value. The level is WARNING for 503 and DEBUG for 422.
 
     A WebSocket is closed with code 1013 (try again later) in place of 503, and with code 1008 in
-    place of 422. A response that has begun cannot be changed. If an error occurs after that, Starlette
-    raises a `RuntimeError`. Mounted applications have their own error handlers: call this function for each
-    of them.
+    place of 422. If it was not accepted yet, the server answers with HTTP 403 instead.
+
+    A response that has begun cannot be changed. If an error occurs after that, Starlette raises a `RuntimeError`.
+    Mounted applications have their own error handlers: call this function for each of them.
 
     If the application later adds a handler for one of these errors or for a subclass, that handler
     is used. A second call of this function replaces the first.
@@ -192,7 +193,8 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
             return Response(answered.body, answered.status, answered.headers, "application/json")
         answered = answer_to(error, "WebSocket", seconds)
         if WebSocketState.DISCONNECTED not in {connection.client_state, connection.application_state}:
-            await connection.close(answered.close_code, answered.close_reason)
+            with suppress(WebSocketDisconnect, OSError):  # the client has left
+                await connection.close(answered.close_code, answered.close_reason)
         return None
 
     for kind in ANSWERED:
@@ -210,10 +212,11 @@ class ReadYourWrites:
 
     * A response has a revision if the endpoint has made a writing call to a shared state before the response began, unless
       the client has sent this revision. The method of the request does not matter. The response to a request that only reads
-      has neither header nor cookie, so that caches treat it as before.
+      has neither header nor cookie, so that caches treat it as before. The response to an exception without a handler has
+      none, either.
     * The revision of the state `visits` is sent as the cookie `lab_state-visits`, for ten minutes, and in the header
       `Lab-State-Revision: visits=42`. With each request, a client without cookies must send the last such header that it
-      received.
+      received. So this header also has the revisions of other states that the client has sent.
     * A client may send any number. For each state, a request waits for at most one answer of the owner. If the worker does
       not have the revision after this answer, the number is not a revision of this state. Then the request does not wait longer.
     * If there is no owner, the request waits for an owner, as a write does. After `Config.owner_timeout` seconds, it is
@@ -264,7 +267,7 @@ class ReadYourWrites:
             async def send_with_revisions(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     new = {name: revision for name, revision in written.items() if revision > sent.get(name, 0)}
-                    more = headers_for(new, cookie=self._cookie, secure=scope.get("scheme") == "https")
+                    more = headers_for(new, sent, cookie=self._cookie, secure=scope.get("scheme") == "https")
                     message["headers"] = [*message.get("headers", ()), *more]
                 await send(message)
 
@@ -353,6 +356,8 @@ async def push(websocket: WebSocket, watch: Watch, *, data: Data | None = None) 
         LookupError: The lifespan did not run.
     """
     stop = stop_of(_served(websocket))
+    if websocket.client_state is WebSocketState.DISCONNECTED:  # there is nothing to receive, which would be an error
+        return
     if websocket.application_state is WebSocketState.CONNECTING:
         await websocket.accept()
     await send_changes(

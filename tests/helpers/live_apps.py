@@ -74,7 +74,7 @@ def fastapi() -> Any:
 
 
 def litestar() -> Any:
-    from litestar import Litestar, Request, WebSocket, get, post, websocket
+    from litestar import Litestar, Request, WebSocket, post, route, websocket
     from litestar.params import FromPath
     from litestar.response import Stream
 
@@ -82,7 +82,7 @@ def litestar() -> Any:
 
     globals().update(Request=Request, WebSocket=WebSocket, Stream=Stream, FromPath=FromPath)  # for the annotations
 
-    @get("/events")
+    @route("/events", http_method=["GET", "HEAD"])
     async def events(request: Request[Any, Any, Any]) -> Stream:
         return sse(request, state.watch(), **TIMES)
 

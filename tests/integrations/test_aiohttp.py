@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from lab_state import Config, Manager, MemoryStorage, UnavailableError
-from lab_state.integrations.aiohttp import SERVED, errors, health, manager, setup
+from lab_state.integrations.aiohttp import SERVED, errors, health, manager, setup, sse
 from lab_state.testing import FaultyStorage, ManualClock
 
 
@@ -95,6 +95,29 @@ async def test_managers_live_as_long_as_the_application() -> None:
         assert {first.status().phase, second.status().phase} == {"running"}
     assert {first.status().phase, second.status().phase} == {"stopped"}
     assert seen == [("running", "new"), ("running", "stopped")]
+
+
+async def test_streams_of_an_application_that_is_started_again() -> None:
+    """A stream ends when the application stops. After another start, a new stream stays open."""
+    state = make("a")
+    app = web.Application()
+    setup(app, state)
+
+    async def events(request: web.Request) -> web.StreamResponse:
+        return await sse(request, state.watch())
+
+    app.router.add_get("/", events)
+    for _ in range(2):
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        async with aiohttp.ClientSession() as session, session.get(site.name) as response:
+            await response.content.readuntil(b"resync")
+            await state.set("key", 1)
+            assert (await response.content.readuntil(b'"set"')).endswith(b'"set"')
+            await runner.cleanup()
+            await response.read()
 
 
 async def test_what_had_started_is_stopped_when_a_later_one_fails() -> None:

@@ -284,6 +284,30 @@ def test_a_websocket_is_closed_with_a_code(
     assert [line.partition(" answered")[0] for _, line in told(caplog)] == ["WebSocket"]
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+async def test_a_websocket_whose_client_has_left(*, accepted: bool) -> None:
+    """If the client has left, Starlette cannot close the WebSocket, and the server gets no second error."""
+
+    async def endpoint(websocket: WebSocket) -> None:
+        if accepted:
+            await websocket.accept()
+        raise FencedError("a newer writer owns it")
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+        if message["type"] == "websocket.close":
+            raise OSError("the client has left")
+
+    sent: list[str] = []
+    app = Starlette(routes=[WebSocketRoute("/", endpoint)])
+    for_starlette.errors(app)
+    await app({"type": "websocket", "path": "/", "query_string": b"", "headers": []}, receive, send)
+    assert sent == ["websocket.accept"] * accepted + ["websocket.close"]
+
+
 def test_starlette_cannot_change_a_response_that_has_begun() -> None:
     """An error within a stream breaks the response, so no client takes it for complete."""
 

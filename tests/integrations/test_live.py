@@ -19,6 +19,7 @@ from typing import Any
 
 import aiohttp
 import live_apps
+import msgspec
 import pytest
 import uvicorn
 from aiohttp import web
@@ -30,7 +31,7 @@ from lab_state._watch import Watcher
 from lab_state.integrations import aiohttp as for_aiohttp
 from lab_state.integrations import litestar as for_litestar
 from lab_state.integrations import starlette as for_starlette
-from lab_state.integrations._live import EndEvent, ServerStop, event_stream
+from lab_state.integrations._live import EndEvent, ServerStop, event_stream, send_changes
 
 importlib.import_module("anyio._backends._asyncio")  # which Starlette would import on the event loop
 HELPERS = Path(live_apps.__file__).parent
@@ -319,9 +320,11 @@ async def test_a_websocket_whose_connection_is_cut_is_noticed(client: aiohttp.Cl
 
 
 async def test_a_head_request_has_no_stream(client: aiohttp.ClientSession) -> None:
-    """A HEAD request gets only the headers, if the framework routes it, and leaves no watch."""
+    """A HEAD request gets only the headers, and leaves no watch. Its connection is free for the next request."""
     async with client.head("/events") as response:
-        assert await response.read() == b""
+        assert (response.status, await response.read()) == (200, b"")
+    async with asyncio.timeout(5), client.post("/set/a") as response:
+        assert response.ok
     await nobody_watches()
 
 
@@ -413,6 +416,84 @@ async def test_a_watch_of_a_reader_begins_by_itself() -> None:
     assert [part async for part in stream] == []
 
 
+async def test_an_event_is_one_line() -> None:
+    """Raw JSON with line breaks, from `data`, stays one event."""
+    async with Manager("a", MemoryStorage()) as state:
+        stream = event_stream(
+            state.watch(), EndEvent(), data=lambda _: msgspec.Raw(b'{\n"a": 1\r\n}'), heartbeat=60, retry=0
+        )
+        await anext(stream)
+        assert await anext(stream) == b'id: 0\ndata: {"a": 1}\n\n'
+        await stream.aclose()
+
+
+# Errors
+
+
+def broken(_: Change) -> object:
+    raise ConnectionResetError("the data cannot be read")
+
+
+async def test_an_error_of_the_data_is_not_a_client_that_left() -> None:
+    """An error of `data` breaks the response and the WebSocket, even if its class is that of a client that left."""
+    app = web.Application()
+    state = Manager("a", MemoryStorage())
+    for_aiohttp.setup(app, state)
+
+    async def events(request: web.Request) -> web.StreamResponse:
+        return await for_aiohttp.sse(request, state.watch(), data=broken)
+
+    async def socket(request: web.Request) -> web.StreamResponse:
+        return await for_aiohttp.push(request, state.watch(), data=broken)
+
+    app.router.add_get("/events", events)
+    app.router.add_get("/socket", socket)
+    async with under_aiohttp(app) as url, aiohttp.ClientSession(url) as session:
+        async with session.get("/events") as response:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
+        async with session.ws_connect("/socket") as connected:
+            assert (await connected.receive()).type is aiohttp.WSMsgType.CLOSED
+
+
+async def test_an_error_while_messages_are_dropped() -> None:
+    """An error of the function that drops messages is raised, unless it says that the client has left."""
+
+    async def sent(_: str) -> None: ...
+
+    async with Manager("a", MemoryStorage()) as state:
+        for error in (OSError("the client has left"), RuntimeError("two tasks read")):
+
+            async def drop_input(error: Exception = error) -> None:
+                raise error
+
+            ending = nullcontext() if isinstance(error, OSError) else pytest.raises(RuntimeError, match="two tasks")
+            with ending:
+                await send_changes(
+                    state.watch(), EndEvent(), None, drop_input=drop_input, send=sent, client_left=(OSError,)
+                )
+
+
+async def test_a_websocket_whose_client_has_left_before() -> None:
+    """Starlette: if the endpoint has received that the client left, `push` returns and sends nothing."""
+    received = iter([{"type": "websocket.connect"}, {"type": "websocket.disconnect", "code": 1001}])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return next(received)
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    state = Manager("a", MemoryStorage())
+    async with for_starlette.lifespan(state)(None) as served:
+        websocket = WebSocket({"type": "websocket", "headers": [], "state": served}, receive, send)
+        await websocket.accept()
+        await websocket.receive()
+        await for_starlette.push(websocket, state.watch())
+    assert sent == ["websocket.accept"]
+
+
 # Bad input
 
 
@@ -422,9 +503,11 @@ async def test_a_watch_of_a_reader_begins_by_itself() -> None:
         ({"heartbeat": "1"}, TypeError, "heartbeat must be a number of seconds, not str"),
         ({"heartbeat": 0}, ValueError, "heartbeat must be above 0 seconds"),
         ({"heartbeat": float("nan")}, ValueError, "heartbeat must be above 0 seconds"),
+        ({"heartbeat": 10**400}, ValueError, "heartbeat must be .* finite"),
         ({"retry": True}, TypeError, "retry must be a number of seconds, not bool"),
         ({"retry": -1}, ValueError, "retry must be 0 seconds or more"),
         ({"retry": float("inf")}, ValueError, "retry must be 0 seconds or more"),
+        ({"retry": 1e308}, ValueError, "retry must be .* finite"),
     ],
     ids=repr,
 )

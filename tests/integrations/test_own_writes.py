@@ -143,6 +143,19 @@ async def test_several_states(tmp_path: Path) -> None:
         assert HEADER not in (await client.post("/?name=alone")).headers
 
 
+async def test_several_states_without_cookies(tmp_path: Path) -> None:
+    """A client that sends only the last header keeps the revisions of all states. A response to a read has no header."""
+    states = [shared(tmp_path), shared(tmp_path, "other")]
+    async with states[0], states[1], beside(worker(cookie=False), *states) as client:
+        first = await client.post("/?name=other")
+        assert first.headers[HEADER] == "other=1"
+        second = await client.post("/", headers={HEADER: first.headers[HEADER]})
+        assert second.headers[HEADER] == "lab=1, other=1"
+        third = await client.post("/", headers={HEADER: second.headers[HEADER] + ", other=99"})
+        assert third.headers[HEADER] == "lab=2"  # the state `other` does not have the revision 99
+        assert HEADER not in (await client.get("/", headers={HEADER: second.headers[HEADER]})).headers
+
+
 @pytest.mark.parametrize(("scheme", "end"), [("http", ""), ("https", "; Secure")])
 async def test_the_attributes_of_the_cookie(scheme: str, end: str, tmp_path: Path) -> None:
     """The cookie is for the whole site, for ten minutes, and not for scripts or other sites. Over HTTPS it is `Secure`."""
