@@ -10,6 +10,7 @@ import msgspec
 from lab_state._arguments import check_key
 from lab_state._codec import Record
 from lab_state._not_json import NOT_JSON, not_an_object
+from lab_state._slices import Int64
 from lab_state._values import encode_value
 from lab_state.exceptions import InvalidValueError
 from lab_state.shared._answers import raw_of
@@ -27,7 +28,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
 
     key: str
     value: Any
-    expires: int | None = None
+    expires: Int64 | None = None  # a larger one would make the state unreadable
 
 
 _decode_line = msgspec.json.Decoder(_Line).decode
@@ -41,6 +42,8 @@ def parse_value(text: str | bytes, what: str = "the value") -> Any:
     """
     try:
         value = msgspec.json.decode(text)
+    except UnicodeEncodeError:  # the shell has passed bytes that are not UTF-8
+        raise InvalidValueError(f"{what} is not in UTF-8: convert it") from None
     except NOT_JSON as error:
         hint = "; a string needs double quotes, such as '\"text\"' in a shell" if isinstance(text, str) else ""
         raise InvalidValueError(f"{what} is not JSON{_place(error)}{hint}") from None

@@ -1,4 +1,7 @@
-"""The subcommands `watch` and `tail`. `watch` prints new changes of a state, and `tail` the changes that the journal has."""
+"""The subcommands `watch` and `tail`.
+
+`watch` prints new changes of a state. `tail` prints the changes in its journal. With `--since`, `tail` also reads the history.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class _Printer:
         self._nl = nl
 
     def print(self, changes: Iterable[Change]) -> None:
-        """Print changes, and write them at once."""
+        """Print changes, and flush the output, so that the reader of a pipe gets them at once."""
         for change in changes:
             if self._nl:
                 self._output.json(change.members())
@@ -59,9 +62,9 @@ async def watch(output: Output, state: Target, prefix: str, *, nl: bool) -> None
 
 
 async def _follow(storage: FileStorage, state: Target, printer: _Printer) -> int | None:
-    """Print the records that the owner of a shared state sends, until no process answers. Return the last revision.
+    """Print the records that the owner of a shared state sends, until the client cannot connect to an owner again.
 
-    Return `None` if no process has answered at all.
+    Return the revision up to which all changes are printed or noted. Return `None` if the first attempt to connect has failed.
     """
     records: asyncio.Queue[bytes | None] = asyncio.Queue()
     client = Client(storage, state.name, lambda record: records.put_nowait(bytes(record)))
@@ -69,12 +72,13 @@ async def _follow(storage: FileStorage, state: Target, printer: _Printer) -> int
         if not await client.connect():
             return None
         last = client.revision
-        printer.note(f"watching {state} by way of pid {client.pid}, from revision {last}")
+        printer.note(f"watching {state} through its owner (pid {client.pid}), after revision {last}")
         while True:
             last = await _print_records(client, records, printer, last)
             if not await client.connect_again():
                 return last
-            last = await _fill(storage, state.name, printer, last)
+            # Without a bound, changes of which the journal has no record would not be noted. Later records come over the connection.
+            last = await _fill(storage, state.name, printer, last, client.revision)
     finally:
         await client.aclose()
 
@@ -90,24 +94,30 @@ async def _print_records(client: Client, records: asyncio.Queue[bytes | None], p
     return last
 
 
-async def _fill(storage: Storage, name: str, printer: _Printer, last: int, until: int | None = None) -> int:
-    """Print the changes that are in the journal: those after revision `last`, up to revision `until`. Return the last revision."""
-    records = [decode_record(record) for record in (await storage.read(name)).records]
-    if until is not None:
-        records = [record for record in records if record.end <= until]
-    found = newer(records, last)
+async def _fill(storage: Storage, name: str, printer: _Printer, last: int, until: int) -> int:
+    """Print the changes after revision `last` that are in the journal, up to revision `until`.
+
+    If the first of them are missing in the journal, print only a note. Return the revision up to which all changes are printed or noted.
+    """
+    records = map(decode_record, (await storage.read(name)).records)
+    found = newer((record for record in records if record.end <= until), last)
     if found is None:
-        end = max([last, until or 0, *(record.end for record in records)])
-        if end > last:
-            printer.note(f"not seen, because a checkpoint was written meanwhile: {changes_text(last + 1, end)}")
-        return end
+        if until > last:
+            printer.note(
+                f"not printed, because a checkpoint was written meanwhile: {changes_text(last + 1, until)}; "
+                f"if the state has a history, `lab-state tail --since r{last}` prints them"
+            )
+        return max(last, until)
     for record in found:
         printer.print(of_record(record, printer.prefix))
     return found[-1].end
 
 
 async def _poll(storage: Storage, state: Target, printer: _Printer, last: int | None) -> None:
-    """Print the changes that the files show, every `EVERY` seconds; for a bucket, every `EVERY_IN_A_BUCKET` seconds."""
+    """Look for changes every `EVERY` seconds, in a bucket every `EVERY_IN_A_BUCKET` seconds, and print them.
+
+    Files are read only if their fingerprint has changed. First, print the changes after revision `last`, unless it is `None`.
+    """
     seen = _fingerprint(storage, state)
     now = (await load(state.name, storage)).state
     if last is not None:
@@ -115,7 +125,7 @@ async def _poll(storage: Storage, state: Target, printer: _Printer, last: int | 
         await _fill(storage, state.name, printer, last, now.revision)
     else:
         what = "objects" if state.place.bucket else "files"
-        printer.note(f"watching {state} by its {what}, from revision {now.revision}")
+        printer.note(f"watching the {what} of {state}, after revision {now.revision}")
     every = EVERY if isinstance(storage, FileStorage) else EVERY_IN_A_BUCKET
     while True:
         await asyncio.sleep(every)
@@ -126,7 +136,7 @@ async def _poll(storage: Storage, state: Target, printer: _Printer, last: int | 
 
 
 def _fingerprint(storage: Storage, state: Target) -> object:
-    """Return a value that changes when the files of a state change; `None` for a storage without files."""
+    """Return the fingerprints of the snapshot and the journal, `None` for each that is missing. Without files, return `None`."""
     if not isinstance(storage, FileStorage):
         return None
     found: list[object] = []
@@ -143,7 +153,8 @@ def _fingerprint(storage: Storage, state: Target) -> object:
 async def advance(now: LoadedState, storage: Storage, name: str, prefix: str) -> tuple[LoadedState, list[Change]]:
     """Read a state again. Return it, and the changes since `now`.
 
-    The changes are those of the records, if the journal still has all records since `now`. Otherwise the two moments are compared.
+    If the journal has records after `now`, and all of them, the changes are those of the records. Otherwise the state is read once
+    more, and the two moments are compared.
     """
     reading = await storage.read(name)
     found = newer(map(decode_record, reading.records), now.revision)
@@ -155,21 +166,30 @@ async def advance(now: LoadedState, storage: Storage, name: str, prefix: str) ->
 
 
 async def tail(output: Output, state: Target, prefix: str, *, since: str | None, nl: bool) -> None:
-    """Print the changes that the journal has, oldest first. With a moment, begin in the history."""
+    """Print the changes in the journal, the oldest first. With `since`, print all stored changes after that moment, each once."""
     printer = _Printer(output, prefix, nl=nl)
     moment = None if since is None else parse_when(since, datetime.now().astimezone())
     storage = storage_at(state.place)
     if moment is None:
-        _print_after(printer, await storage.read(state.name), None)
+        _print_after(printer, await storage.read(state.name), None, 0)
         return
+    last = 0
     async for reading in readings(storage, state.name, moment):
-        _print_after(printer, reading, moment)
+        last = _print_after(printer, reading, moment, last)
 
 
-def _print_after(printer: _Printer, reading: Reading, moment: int | datetime | None) -> None:
+def _print_after(printer: _Printer, reading: Reading, moment: int | datetime | None, last: int) -> int:
+    """Print the records after a moment, and return the revision of the last record.
+
+    The records of commits during a checkpoint are in two generations. So leave out the records up to revision `last`, which the
+    generation before has.
+    """
     for record in map(decode_record, reading.records):
-        if moment is None or _is_after(record.end, record.wall, moment):
-            printer.print(of_record(record, printer.prefix))
+        if record.end > last:
+            last = record.end
+            if moment is None or _is_after(record.end, record.wall, moment):
+                printer.print(of_record(record, printer.prefix))
+    return last
 
 
 def _is_after(revision: int, wall: int, moment: int | datetime) -> bool:

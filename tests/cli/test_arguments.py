@@ -169,6 +169,8 @@ def test_values_are_json() -> None:
         assert "secret" not in str(raised.value)
     with pytest.raises(InvalidValueError, match="double quotes"):
         parse_value("apple")
+    with pytest.raises(InvalidValueError, match="the value is not in UTF-8"):
+        parse_value('"\udcff"')
 
 
 def test_input_of_load() -> None:
@@ -190,6 +192,7 @@ def test_input_of_load() -> None:
         (b'{"key":"a","value":1}\n{"key":"b","val', "line 2"),
         (b'{"a":1}', "line 1 .*--nl"),
         (b'{"key":"","value":1}', "key"),
+        (b'{"key":"a","value":1,"expires":%d}' % 2**63, "line 1"),  # the state could not be read again
         (b'{"key":"a","value":%s}' % (b"[" * 300 + b"]" * 300), "line 1"),
     ):
         with pytest.raises(ValueError, match=message):

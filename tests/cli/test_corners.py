@@ -106,6 +106,47 @@ async def test_watch_by_way_of_the_next_owner(
         await asyncio.gather(watching, return_exceptions=True)
 
 
+async def test_changes_between_two_owners_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the state was written, stopped and shared again while `watch` looked for an owner, it says which changes it has not printed."""
+    storage, state, output = FileStorage(tmp_path), parse_state(str(tmp_path / "shop")), Output()
+    monkeypatch.setattr(_client, "_NEXT", 60.0)
+    monkeypatch.setattr(output, "flush", lambda: None)
+    shared = Config(name="shop", shared=True)
+    texts: list[str] = []
+
+    async def until(text: str) -> None:
+        while text not in "".join(texts):
+            await asyncio.sleep(0.01)
+            texts.append(capsys.readouterr().err)
+
+    async with Manager(shared, storage):
+        watching = asyncio.create_task(_watch._follow(storage, state, _watch._Printer(output, "", nl=False)))
+        await until("after revision 0")
+    async with Manager("shop", storage) as alone:
+        await alone.set("gap", 1)
+    async with Manager(shared, storage):
+        await until("not printed, because a checkpoint was written meanwhile: change 1;")
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_record_of_two_generations_is_printed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tail --since` leaves out a record that the generation before has, too."""
+    storage, output, lines = FileStorage(tmp_path), Output(), list[str]()
+    monkeypatch.setattr(output, "line", lines.append)
+    monkeypatch.setattr(output, "flush", lambda: None)
+    printer = _watch._Printer(output, "", nl=False)
+    async with Manager(Config(name="shop", flush_interval=0), storage) as state:
+        await state.set("a", 1)
+        await state.set("a", 2)
+        reading = await storage.read("shop")
+    last = _watch._print_after(printer, reading._replace(records=reading.records[:1]), 0, 0)
+    assert _watch._print_after(printer, reading, 0, last) == 2
+    assert [line.split("  ")[1:] for line in lines] == [["r1", "set", "a", "1"], ["r2", "set", "a", "2"]]
+
+
 async def test_a_record_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next owner sends a record that was read from the files already. It is not printed again."""
     output, lines = Output(), list[str]()
@@ -137,10 +178,15 @@ async def test_records_that_a_checkpoint_has_dropped(
     async with Manager(Config(name="shop", flush_interval=0), storage) as state:
         await state.set("a", 2)
         await state.set("a", 3)
-        assert await _watch._fill(storage, "shop", printer, 3) == 3
-        assert await _watch._fill(storage, "shop", printer, 0) == 3
         assert await _watch._fill(storage, "shop", printer, 3, 3) == 3
-        assert "not seen, because a checkpoint was written meanwhile: changes 1 to 3" in capsys.readouterr().err
+        assert capsys.readouterr().err == ""
+        assert await _watch._fill(storage, "shop", printer, 0, 3) == 3
+        noted = capsys.readouterr().err
+        assert (
+            "not printed, because a checkpoint was written meanwhile: changes 1 to 3; if the state has a history"
+            in noted
+        )
+        assert "`lab-state tail --since r0` prints them" in noted
         assert lines == []
         assert await _watch._fill(storage, "shop", printer, 1, 2) == 2
         assert [line.split("  ")[1:] for line in lines] == [["r2", "set", "a", "2"]]

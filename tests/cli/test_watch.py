@@ -29,7 +29,8 @@ async def watching(world: World, *arguments: str) -> AsyncGenerator[Run]:
     timer.start()
     try:
         line = await asyncio.to_thread(run.stderr.readline)
-        assert line.startswith(f"lab-state: watching {world.state} by ".encode())
+        assert line.startswith(b"lab-state: watching ")
+        assert world.state.encode() in line
         yield run
         run.kill(signal.SIGINT)
         done = await asyncio.to_thread(run.wait)
