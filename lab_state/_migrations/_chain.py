@@ -13,7 +13,7 @@ from lab_state._migrations._draft import MigrationCore, MigrationDraft, StateDra
 from lab_state._migrations._schema import Migrate
 from lab_state._migrations._types import Types
 from lab_state._state import State
-from lab_state.exceptions import LabStateError, MigrationError
+from lab_state.exceptions import InvalidValueError, LabStateError, MigrationError, TypeMismatchError
 
 AT_ONCE = 200
 """The number of values that one step of `misfits` checks."""
@@ -38,9 +38,9 @@ def migrate(draft: StateDraft, name: str, to: int, function: Migrate) -> None:
     except Exception as error:
         # The text of another exception may contain values. The exceptions of lab_state contain none.
         detail = f"{type(error).__name__}: {error}" if isinstance(error, LabStateError) else type(error).__name__
-        raise MigrationError(
-            f"{what} failed with {detail}; the state was left untouched", to, core.refused, getattr(error, "path", "$")
-        ) from error
+        key = core.refused if error is core.refusal else None
+        path = error.path if isinstance(error, InvalidValueError | TypeMismatchError) else "$"
+        raise MigrationError(f"{what} failed with {detail}; the state was left untouched", to, key, path) from error
     finally:
         core.end()
     if result is not None:

@@ -42,6 +42,10 @@ class StateDraft(Draft):
         """The entries of the loaded state; none if they were deleted."""
         return {} if self.cleared else cast("dict[str, Stored]", self.base.entries)
 
+    def all_changes(self) -> dict[str, StoredOrGone]:
+        """Return `changes`. If all keys were deleted, which `changes` does not have, add the deletion of each other key."""
+        return {**dict.fromkeys(self.base.entries, DELETED), **self.changes} if self.cleared else self.changes
+
     def view(self) -> UndoView[Stored]:
         """Open a view of the draft; see `Draft.view`. Deleted keys are in its map, but in no page."""
         view = _DraftView(self.beneath, cast("dict[str, Stored]", dict(self.changes)))
@@ -115,18 +119,20 @@ class MigrationCore(CallCore):
 
     Attributes:
         refused: The key whose value was refused last; `None` if no value was refused.
+        refusal: The error that was raised for this value.
         changes: The changes of the draft; an empty dict after the end of the migration.
         beneath: The entries of the loaded state; an empty dict after the end of the migration.
         is_timed: Whether a key of the loaded state expires.
     """
 
-    __slots__ = ("_is_over", "beneath", "changes", "is_timed", "refused")
+    __slots__ = ("_is_over", "beneath", "changes", "is_timed", "refusal", "refused")
 
     state: StateDraft  # pyright: ignore[reportIncompatibleVariableOverride] -- the migration never replaces it by another kind
 
     def __init__(self, name: str, draft: StateDraft) -> None:
         super().__init__(name, draft, Counters())
         self.refused: str | None = None
+        self.refusal: InvalidValueError | None = None
         self.changes: dict[str, StoredOrGone] = draft.changes
         self.beneath: dict[str, Stored] = draft.beneath
         self.is_timed: bool = draft.base.expires
@@ -146,7 +152,7 @@ class MigrationCore(CallCore):
         self.state.close_views()
         self.state = StateDraft(State())  # pyright: ignore[reportIncompatibleVariableOverride] -- it is always a `StateDraft`
         self._is_over = True
-        self.changes, self.beneath = {}, {}
+        self.changes, self.beneath, self.refusal = {}, {}, None
 
 
 class _MigrationCalls(Calls):
@@ -202,8 +208,10 @@ class MigrationDraft(Plain):
                 # msgspec allocates up to half as much again as its result needs. The copy does not.
                 stored = b"%b" % stored  # pyright: ignore[reportAssignmentType] -- it is still JSON
         except InvalidValueError as error:
+            core.check_open()
             core.refused = refused = check_key(self._calls._full(key))  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
-            raise InvalidValueError(f"the value of {refused!r}: {error.args[0]}", error.path) from None
+            core.refusal = InvalidValueError(f"the value of {refused!r}: {error.args[0]}", error.path)
+            raise core.refusal from None
         full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
         changes, state = core.changes, core.state
         if full not in changes and full not in core.beneath:
@@ -223,6 +231,7 @@ class MigrationDraft(Plain):
         Raises:
             TypeError: `values` is not a mapping.
         """
+        self._core.check_open()
         if not isinstance(values, Mapping):
             raise TypeError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
         for key, value in values.items():
@@ -255,6 +264,7 @@ class MigrationDraft(Plain):
 
     def namespace(self, name: str) -> MigrationDraft:
         """Return a handle of this draft for the keys that begin with `name` and a slash; see `Manager.namespace`."""
+        self._core.check_open()
         return MigrationDraft(self._core, self._calls._nested(name))  # noqa: SLF001 -- `MigrationDraft` and its `Calls` belong together
 
     def __repr__(self) -> str:

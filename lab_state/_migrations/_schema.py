@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, TypeVar, cast
 
@@ -151,6 +152,8 @@ def _checked(name: str, version: int, most: int) -> int:
 
 
 def _is_not_plain(function: object) -> bool:
+    while isinstance(function, partial):
+        function = cast("partial[object]", function).func
     call = function if inspect.isfunction(function) or inspect.ismethod(function) else cast("Any", function).__call__
     return any(
         test(call) for test in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)

@@ -109,10 +109,10 @@ class SchemaStart(NamedTuple):
                 name,
                 name_of(function),
                 to,
-                len(draft.changes),
+                len(draft.all_changes()),
             )
             await asyncio.sleep(0)
-        start, count = state.revision, len(draft.changes)
+        start, count = state.revision, len(draft.all_changes())
         if draft.merge() is None:
             state.apply({}, cleared=False)  # the new version is a change, even if no value has changed
         if schema.checks is not None:

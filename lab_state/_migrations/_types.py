@@ -1,6 +1,6 @@
 """The types of the values of a schema. This module does no I/O.
 
-A member is *unknown* to a type if a read as this type ignores it, so that a write of the result would drop it.
+A member is *unknown* to a type if the decoder of the type ignores it. If the decoded value is then written, the member is lost.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from lab_state._types import check_type, decode_json, decode_value
 from lab_state._values import encode
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
-_PROBE = {"$lab_state": "probe"}
-"""A value that hardly any type accepts. It takes the place of a member, to find out whether a type reads the member."""
+_MARK = "$lab_state probe"
+_PROBES = ({_MARK: _MARK}, _MARK)
+"""Values that take the place of a member, one after the other, to find out whether a type reads the member. Most types refuse one of them."""
 
 
 class Types:
-    """The types of the values under some prefixes. If several prefixes fit a key, the longest one counts."""
+    """The types of the values under some prefixes. If several prefixes fit a key, the longest one counts.
+
+    With `strict`, a value with an unknown member does not fit.
+    """
 
     def __init__(self, types: Mapping[str, Any], *, strict: bool) -> None:
         """Check and keep the types.
@@ -40,14 +44,14 @@ class Types:
         self._by_length = sorted(types.items(), key=lambda item: len(item[0]), reverse=True)
 
     def of(self, key: str) -> tuple[Any] | None:
-        """Return the type of a key, in a tuple; `None` if it has none."""
+        """Return the type of a key, in a tuple, because the type itself may be `None`. Return `None` if the key has no type."""
         for prefix, type_ in self._by_length:
             if key.startswith(prefix):
                 return (type_,)
         return None
 
     def misfit(self, key: str, value: Value) -> Misfit | None:
-        """Return the reason why a value is not of the type of its key; `None` if it fits, or if the key has no type."""
+        """Return the reason why a value does not fit the type of its key; `None` if it fits, or if the key has no type."""
         found = self.of(key)
         if found is None:
             return None
@@ -56,16 +60,22 @@ class Types:
         except TypeMismatchError as error:
             return misfit_of(key, error)
         if self._strict and isinstance(value, bytes | Raw):
-            path = _unknown_member(value, decoded, found[0])
+            try:
+                path = _unknown_member(value, decoded, found[0])
+            except (MemoryError, RecursionError):
+                raise
+            except Exception as error:  # noqa: BLE001 -- a serializer of the caller may raise any error, with the value in its text
+                return _not_written(key, error)
             if path is not None:
-                return Misfit(key, path, "a member that the type does not know")
+                return Misfit(key, path, "the type does not know this member")
         return None
 
     def fit(self, entries: Sequence[tuple[str, Stored]]) -> bool:
-        """Return True if some values are known to be of the types of their keys. This takes less time than `misfits`.
+        """Return True if all of these values are known to be of the types of their keys. This takes less time than `misfits`.
 
-        The result may be False even if all values are of their types. It is False for values under several prefixes,
-        for a value with an expiry, and for a strict schema.
+        There must be one entry or more. The result may be False even if all values are of their types. It is False if the
+        keys may have different types, if a key has no type, if a value has an expiry, and for a strict schema. It is also
+        False if a list of the type cannot be decoded.
         """
         keys, values = zip(*entries, strict=True)
         type_ = self._type_of_all(min(keys), max(keys))
@@ -74,7 +84,7 @@ class Types:
         return _all_fit(cast("Sequence[Value]", values), type_[0])
 
     def _type_of_all(self, low: str, high: str) -> tuple[Any] | None:
-        """Return the type of all keys from `low` to `high`, in a tuple; `None` if they may have different types."""
+        """Return the type of all keys from `low` to `high`, in a tuple; `None` if they have no type, or may have different types."""
         for number, (prefix, type_) in enumerate(self._by_length):
             if low.startswith(prefix) and high.startswith(prefix):
                 is_only = not any(longer.startswith(prefix) for longer, _ in self._by_length[:number])
@@ -82,7 +92,7 @@ class Types:
         return None
 
     def misfits(self, values: Sequence[tuple[str, Value]]) -> Iterator[Misfit]:
-        """Yield the reason for each of many values that is not of the type of its key."""
+        """Yield a misfit for each value that does not fit the type of its key. They are grouped by prefix."""
         by_type: dict[int, tuple[Any, list[tuple[str, Value]]]] = {}
         for key, value in values:
             for number, (prefix, type_) in enumerate(self._by_length):
@@ -97,10 +107,18 @@ class Types:
         """Check a value before it is stored.
 
         Raises:
-            InvalidValueError: The value is not of the type of its key.
+            InvalidValueError: The value does not fit the type of its key.
         """
         if (wrong := self.misfit(key, value)) is not None:
             raise InvalidValueError(f"the value of {key!r} does not fit the schema: {wrong.expected}", wrong.path)
+
+
+def _not_written(key: str, error: Exception) -> Misfit:
+    """Return the misfit of a value that its type reads, and cannot write."""
+    what = "with a strict schema, a type must be able to write what it reads"
+    if isinstance(error, InvalidValueError):
+        return Misfit(key, error.path, f"{what}, and {error.args[0]}")
+    return Misfit(key, "$", f"{what}, and this one raises {type(error).__name__}")
 
 
 def _all_fit(values: Sequence[Value], type_: Any) -> bool:
@@ -117,25 +135,34 @@ def _all_fit(values: Sequence[Value], type_: Any) -> bool:
 
 
 def _unknown_member(value: bytes | Raw, decoded: object, type_: Any) -> str | None:
-    """Return the path of the first member that a type does not know; `None` if it knows all."""
+    """Return the path of the first member that a type does not know; `None` if it knows all.
+
+    Raises:
+        Exception: The decoded value cannot be written.
+    """
     tree = decode_json(value)
     for way, holder in _dropped(tree, decode_json(encode(decoded)), ()):
         # A type may know a member that is not written again, such as one with its default value.
-        kept, holder[way[-1]] = holder[way[-1]], _PROBE
-        is_known = _changes(tree, way, type_)
+        kept, is_known = holder[way[-1]], False
+        for probe in _PROBES:
+            holder[way[-1]] = probe
+            is_known = is_known or _is_read(tree, way, type_)
         holder[way[-1]] = kept
         if not is_known:
             return shortened(path_of([*way]))
     return None
 
 
-def _changes(tree: object, way: tuple[Any, ...], type_: Any) -> bool:
-    """Return whether a member has an effect when decoded JSON is read as a type. `way` is the path to the member."""
+def _is_read(tree: object, way: tuple[Any, ...], type_: Any) -> bool:
+    """Return whether a type reads the probe in decoded JSON: it refuses the probe, or writes it again. `way` is the path to the probe."""
     try:
-        again = decode_json(encode(decode_value(Json(encode(tree)), type_)))
-    except TypeMismatchError:
+        again = encode(decode_value(Json(encode(tree)), type_))
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # noqa: BLE001 -- a serializer of the caller may raise any error
         return True
-    return _has(again, way)
+    # A type that reads the probe under an alias writes it under another name.
+    return _MARK.encode() in again or _has(decode_json(again), way)
 
 
 def _dropped(before: Any, after: Any, way: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any]]]:

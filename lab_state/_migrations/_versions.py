@@ -28,7 +28,7 @@ class Stored(NamedTuple):
     Attributes:
         versions: Its versions.
         is_new: Whether it is a new state, without any change.
-        wall: The time of its last write, in milliseconds since 1970; 0 if that is not known.
+        wall: The time of its last write, in milliseconds since 1970, as the writer's clock had it; 0 if that is not known.
         path: Its path or its address in S3.
     """
 
@@ -86,7 +86,10 @@ def check_follower(versions: Versions, code: Schema, name: str, pid: int) -> Non
 
 
 def _newer(stored: Stored, code: int) -> str:
-    when = "" if not stored.wall else f" at {datetime.fromtimestamp(stored.wall / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    try:
+        when = f" at {datetime.fromtimestamp(stored.wall / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC" if stored.wall else ""
+    except (OverflowError, OSError, ValueError):  # a year that `datetime` does not have
+        when = ""
     return (
         f"{stored.path} was written{when} by version {stored.versions.schema} of the schema, which code from version "
         f"{stored.versions.readable_by} on can read. This code has version {code}: run the newer code, or go back to a "

@@ -14,7 +14,7 @@ from msgspec import Raw
 
 from lab_state._arguments import name_of
 from lab_state._checking import Misfit
-from lab_state._entries import Absent, Stored, Versions
+from lab_state._entries import Absent, Stored, StoredOrGone, Versions
 from lab_state._migrations import Schema, checked_schema
 from lab_state._migrations._chain import migrate as run_migration
 from lab_state._migrations._chain import misfits
@@ -103,13 +103,14 @@ class _Trial:
         if decide(stored, self._schema, may_migrate=True) is Step.MIGRATE:
             for to, function in self._schema.after(view.schema):
                 at = time.perf_counter()
-                before = dict(draft.changes)
+                before = dict(draft.all_changes())
                 run_migration(draft, self._target.name, to, function)
-                changed = sum(before.get(key, before) is not now for key, now in draft.changes.items())
+                changed = sum(before.get(key, before) is not now for key, now in draft.all_changes().items())
                 seconds = round(time.perf_counter() - at, 3)
                 steps.append({"to": to, "name": name_of(function), "changed": changed, "seconds": seconds})
-        entries = {key: self._base.entries[key] for key in islice(draft.changes, 3) if key in self._base.entries}
-        first = [self._difference(key, entries.get(key), draft) for key in islice(draft.changes, 3)]
+        changes = draft.all_changes()
+        entries = {key: self._base.entries[key] for key in islice(changes, 3) if key in self._base.entries}
+        first = [self._difference(key, entries.get(key), changes[key]) for key in islice(changes, 3)]
         draft.merge()
         wrong = _misfits(self._base, self._schema, 100)
         seconds = round(time.perf_counter() - began, 3)
@@ -122,10 +123,9 @@ class _Trial:
         if wrong:
             raise Stop(NOT_FOUND, f"the migration would fail: {counted(len(wrong), 'value')} of a wrong type")
 
-    def _difference(self, key: str, before: Stored | None, draft: StateDraft) -> dict[str, Any]:
+    def _difference(self, key: str, before: Stored | None, after: StoredOrGone) -> dict[str, Any]:
         """Return a key with its value before and after the migrations. A value that is missing is left out."""
         found: dict[str, Any] = {"key": key}
-        after = draft.changes[key]
         if before is not None:
             found["before"] = {"value": Raw(raw_of(before)), "expires": expiry_of(before)}
         if not isinstance(after, Absent):

@@ -45,6 +45,16 @@ wrong = Schema(2, types={"stock/": Stock})
 def changes_nothing(draft):
     pass
 
+empty = Schema(3)
+@empty.migration(to=2)
+def empties(draft):
+    draft.delete_all()
+    draft.set("old", 2)
+
+@empty.migration(to=3)
+def stays(draft):
+    pass
+
 class Apps:
     schema = schema
 """
@@ -107,6 +117,15 @@ async def test_more_changes_of_a_dry_run(tmp_path: Path) -> None:
     )
     dry = await world.run("migrate", "--dry-run", "other:schema", world.state)
     assert dry.out.splitlines()[1:3] == ["- old  1", f'+ new  "{"x" * 59}…']
+
+
+async def test_a_dry_run_of_a_migration_that_deletes_all_keys(tmp_path: Path) -> None:
+    """A dry run of a migration that deletes all keys counts and shows the deleted keys."""
+    world = await made(tmp_path)
+    lines = (await world.run("migrate", "--dry-run", "app:empty", world.state)).out.splitlines()
+    assert lines[0].startswith("to version 2: empties: 4 keys changed, ")
+    assert lines[1].startswith("to version 3: stays: 0 keys changed, ")
+    assert lines[2:5] == ["- stock/apple  12", "- stock/pear  3", "~ old  1 -> 2"]
 
 
 async def test_migrations_that_fail(tmp_path: Path) -> None:

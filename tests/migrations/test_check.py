@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any, cast
+from uuid import uuid4
 
 import msgspec
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer
 from roles import InRole
 
 from lab_state import (
@@ -22,6 +24,7 @@ from lab_state import (
     TypeMismatchError,
     read_state,
 )
+from lab_state._entries import Json
 from lab_state._migrations._types import Types
 from lab_state.testing import ManualClock
 
@@ -248,9 +251,76 @@ def test_members_that_a_type_does_not_know(value: Any, type_: Any, path: str | N
     found = Types({"": type_}, strict=True).misfit("key", stored)
     assert (None if found is None else found.path) == path
     if found is not None:
-        assert found.expected == "a member that the type does not know"
+        assert found.expected == "the type does not know this member"
     assert Types({"": type_}, strict=False).misfit("key", stored) is None
     assert Types({"other": type_}, strict=True).misfit("key", stored) is None
+
+
+class Aliased(BaseModel):
+    any: Any = Field(alias="theAny", default=None)
+    texts: dict[str, str] = Field(alias="theTexts", default={})
+    model: Model | None = Field(alias="theModel", default=None)
+    made: str = Field(default_factory=lambda: uuid4().hex)
+
+
+@pytest.mark.parametrize(
+    ("data", "path"),
+    [
+        (b'{"theAny":{"a":1}}', None),
+        (b'{"theTexts":{}}', None),
+        (b'{"theTexts":{"a":"b"}}', None),
+        (b'{"theModel":{"name":"A"}}', None),
+        (b'{"theAny":{},"more":1}', "$.more"),
+    ],
+)
+def test_members_that_a_type_reads_under_an_alias(data: bytes, path: str | None) -> None:
+    """A strict check takes a member that the type reads under an alias, of each type, and finds one that it does not read."""
+    found = Types({"": Aliased}, strict=True).misfit("key", Json(data))
+    assert (None if found is None else found.path) == path
+
+
+def test_a_key_that_is_written_in_another_form() -> None:
+    """A strict check takes a member whose key the type reads, and writes in another form."""
+    data = Json(b'{"2026-01-01T00:00:00+00:00":1}')
+    assert Types({"": dict[datetime, Any]}, strict=True).misfit("key", data) is None
+
+
+class Secret(BaseModel):
+    word: SecretStr
+
+
+class Unwritable(BaseModel):
+    word: str = ""
+
+    @field_serializer("word")
+    def _refuse(self, word: str) -> str:
+        raise OSError(word)
+
+
+class ProbeRefusing(BaseModel):
+    word: Any = Field(alias="theWord", default=1)
+
+    @field_serializer("word")
+    def _refuse(self, word: Any) -> Any:
+        if word != 1:
+            raise OSError(word)
+        return word
+
+
+@pytest.mark.parametrize(
+    ("type_", "path", "text"), [(Secret, "$.word", "as asterisks"), (Unwritable, "$", "raises Pyd")]
+)
+def test_a_type_that_cannot_write_what_it_reads(type_: Any, path: str, text: str) -> None:
+    """A strict check reports such a value like other values that do not fit. The text does not have the value."""
+    found = Types({"": type_}, strict=True).misfit("key", Json(b'{"word":"5678"}'))
+    assert found is not None
+    assert (found.key, found.path, text in found.expected, "5678" in found.expected) == ("key", path, True, False)
+    assert Types({"": type_}, strict=False).misfit("key", Json(b'{"word":"5678"}')) is None
+
+
+def test_a_serializer_that_refuses_the_probe() -> None:
+    """A member is known if the type cannot write another value in its place."""
+    assert Types({"": ProbeRefusing}, strict=True).misfit("key", Json(b'{"theWord":1}')) is None
 
 
 class Vanishing(msgspec.Struct):

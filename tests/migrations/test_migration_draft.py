@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -126,6 +128,12 @@ async def test_the_calls_of_a_transaction(storage: MemoryStorage, clock: ManualC
     with pytest.raises(RuntimeError, match="this migration is over"):
         kept[0].set("n", 1)
     with pytest.raises(RuntimeError, match="this migration is over"):
+        kept[0].set("n", object())
+    with pytest.raises(RuntimeError, match="this migration is over"):
+        kept[0].set_many({})
+    with pytest.raises(RuntimeError, match="this migration is over"):
+        kept[0].namespace("users")
+    with pytest.raises(RuntimeError, match="this migration is over"):
         kept[0].move("n", "m")
     with pytest.raises(RuntimeError, match="this migration is over"):
         kept[0].delete("n")
@@ -222,6 +230,21 @@ async def test_a_value_that_is_refused_in_a_namespace(
     assert error.value.key == "users/a"
 
 
+def sets_another_value(draft: MigrationDraft) -> None:
+    """Try to set a value that is refused, and then fail for another reason."""
+    with contextlib.suppress(InvalidValueError):
+        draft.set("n", object())
+    raise ImportError("secret", path="secret")
+
+
+async def test_the_key_and_path_of_an_error_are_those_of_its_value(storage: MemoryStorage, clock: ManualClock) -> None:
+    """If a migration goes on after a refused value, and fails for another reason, the error has neither a key nor a path."""
+    await filled(storage, clock)
+    with pytest.raises(MigrationError) as error:
+        await migrated(storage, clock, sets_another_value)
+    assert (error.value.key, error.value.path) == (None, "$")
+
+
 async def returns_a_coroutine() -> None: ...
 
 
@@ -238,15 +261,21 @@ async def test_a_migration_that_returns_something(
         await migrated(storage, clock, change)
 
 
-async def test_a_migration_that_deletes_everything(storage: MemoryStorage, clock: ManualClock) -> None:
-    """A migration may delete all keys. The state is empty, and has the new version."""
+async def test_a_migration_that_deletes_everything(
+    storage: MemoryStorage, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A migration may delete all keys. The state has the new version, and the log has the number of all keys."""
+    caplog.set_level(logging.INFO, "lab_state")
     await filled(storage, clock)
 
     def change(draft: MigrationDraft) -> None:
         assert draft.delete_all() == 4
         draft.set("users/ann", 1)
+        draft.set("new", 1)
 
     state = await migrated(storage, clock, change)
+    assert "(keys changed: 6)" in caplog.text  # one of them had expired
+    assert await state.delete("new")
     assert await state.get_all() == {"users/ann": 1}
     await state.stop()
     async with state:

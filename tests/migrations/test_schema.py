@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -115,7 +116,7 @@ class Caller:
     async def __call__(self, _: MigrationDraft) -> None: ...
 
 
-@pytest.mark.parametrize("function", [asynchronous, asynchronous_generator, generator, Caller()])
+@pytest.mark.parametrize("function", [asynchronous, asynchronous_generator, generator, Caller(), partial(generator)])
 def test_a_migration_that_is_not_plain(function: Any) -> None:
     """A migration that is async or a generator is refused at its definition."""
     with pytest.raises(TypeError, match="must be a plain function"):

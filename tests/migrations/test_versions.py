@@ -49,7 +49,7 @@ def test_what_a_start_does(found: Stored, code: tuple[int, int], step: Step) -> 
     assert decide(found, Schema(code[0], readable_by=code[1]), may_migrate=True) is step
 
 
-@pytest.mark.parametrize(("wall", "when"), [(WALL, "at 2023-11-14 22:13:20 UTC "), (0, "")])
+@pytest.mark.parametrize(("wall", "when"), [(WALL, "at 2023-11-14 22:13:20 UTC "), (0, ""), (2**62, "")])
 def test_a_newer_state(wall: int, when: str) -> None:
     """A state that only newer code can read is refused. The error says which version wrote it, and when, if that is known."""
     with pytest.raises(SchemaError) as error:
