@@ -12,6 +12,7 @@ import pytest
 
 from lab_state import Config, FileStorage, Manager, MemoryStorage, Storage, StorageError, UnavailableError
 from lab_state.testing import FaultyStorage, ManualClock
+from lab_state.testing._conformance_tools import cancelled_at
 
 
 def test_a_manual_clock_calls_what_falls_due_in_order() -> None:
@@ -33,6 +34,21 @@ def test_a_manual_clock_jumps_but_does_not_go_back() -> None:
     assert (clock.monotonic(), clock.time()) == (0.0, 50.0)
     with pytest.raises(ValueError, match=r"use jump\(\)"):
         clock.advance(-1)
+    seen = []
+    clock.call_later(1, lambda: clock.advance(10))
+    clock.call_later(2, lambda: clock.call_later(-5, lambda: seen.append(clock.monotonic())))
+    clock.advance(3)
+    assert (clock.monotonic(), seen) == (11.0, [2.0])
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), float("-inf")])
+def test_a_manual_clock_needs_finite_times(seconds: float) -> None:
+    """NaN and infinity are refused, and the clock stays as it was. With NaN, nothing would ever be due."""
+    clock = ManualClock(time=100.0)
+    for call in (clock.advance, clock.jump, ManualClock):
+        with pytest.raises(ValueError, match="must be a finite number of seconds, not"):
+            call(seconds)
+    assert (clock.monotonic(), clock.time()) == (0.0, 100.0)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +113,40 @@ def test_what_is_no_argument_is_refused_at_once() -> None:
         with pytest.raises(ValueError, match=problem):
             FileStorage(directory)
     assert repr(FileStorage("state")) == "FileStorage('state')"
+
+
+def test_a_storage_hangs_on_each_event_loop() -> None:
+    """After a `resume`, a call can hang on another event loop, as in the next test."""
+    storage = FaultyStorage(MemoryStorage())
+
+    async def play() -> None:
+        storage.hang("open")
+        opening = asyncio.create_task(storage.open("test"))
+        await asyncio.sleep(0)
+        assert not opening.done()
+        storage.resume()
+        await (await opening).aclose()
+
+    asyncio.run(play())
+    asyncio.run(play())
+
+
+async def test_a_call_that_handles_an_error_is_cancelled_at_each_await() -> None:
+    """If a future of the call fails, the error is raised in the call. So the conformance suite can run each storage."""
+
+    def create() -> None:
+        raise FileExistsError
+
+    async def call() -> str:
+        with suppress(FileExistsError):
+            await asyncio.get_running_loop().run_in_executor(None, create)
+        await asyncio.sleep(0)
+        return "done"
+
+    async def run(number: int) -> str | None:
+        return await cancelled_at(number, call())
+
+    assert [await run(number) for number in range(5)] == [None, None, None, None, "done"]
 
 
 def manager(storage: Storage) -> Manager:

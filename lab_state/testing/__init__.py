@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -43,7 +44,12 @@ class ManualClock:
     """A clock that moves only on demand: `Manager(config, storage, clock=ManualClock())`."""
 
     def __init__(self, time: float = 1_700_000_000.0) -> None:
-        """Start the wall clock at `time`, in seconds since 1970."""
+        """Start the wall clock at `time`, in seconds since 1970.
+
+        Raises:
+            ValueError: `time` is not finite.
+        """
+        _check_finite("time", time)
         self._start = time
         self._monotonic = 0.0
         self._timers: list[tuple[float, int, _ManualTimer]] = []
@@ -77,21 +83,32 @@ class ManualClock:
             seconds: 0 or more.
 
         Raises:
-            ValueError: `seconds` is below 0.
+            ValueError: `seconds` is below 0, or not finite.
         """
+        _check_finite("seconds", seconds)
         if seconds < 0:
             raise ValueError("a monotonic clock cannot go back; use jump() for the wall clock")
         end = self._monotonic + seconds
         while self._timers and self._timers[0][0] <= end:
             due, _, timer = heapq.heappop(self._timers)
-            self._monotonic = due
+            self._monotonic = max(self._monotonic, due)
             if timer.callback is not None:
                 timer.callback()
-        self._monotonic = end
+        self._monotonic = max(self._monotonic, end)  # one of the calls may have advanced the clock further
 
     def jump(self, seconds: float) -> None:
-        """Set the wall clock forward or back by `seconds`, as an administrator or NTP does."""
+        """Set the wall clock forward or back by `seconds`, as an administrator or NTP does.
+
+        Raises:
+            ValueError: `seconds` is not finite.
+        """
+        _check_finite("seconds", seconds)
         self._start += seconds
+
+
+def _check_finite(name: str, seconds: float) -> None:
+    if not math.isfinite(seconds):
+        raise ValueError(f"{name} must be a finite number of seconds, not {seconds}")
 
 
 @dataclass
@@ -108,7 +125,7 @@ class FaultyStorage:
     the order in which the faults were planned.
 
     Attributes:
-        calls: The operation of each call so far, in order.
+        calls: The operation of each call so far, in order, without the calls of sessions whose power was cut.
         faults: The number of calls that failed on demand. If it is 0, the test has tested no fault.
     """
 
@@ -197,7 +214,8 @@ class FaultyStorage:
             ValueError: An argument is out of bounds.
         """
         self._plan(operation, [_Fault("hang", UnavailableError("never raised"))], skip)
-        self._resumed.clear()
+        if self._resumed.is_set():
+            self._resumed = asyncio.Event()  # the earlier event may belong to another event loop
 
     def resume(self) -> None:
         """Let the waiting calls continue. Until `hang` is called again, no call waits."""
@@ -206,6 +224,7 @@ class FaultyStorage:
     def cut_power(self, during: Operation | None = None, moment: Moment = "before", *, skip: int = 0) -> None:
         """Simulate a power cut: open sessions write nothing more, and their commits and checkpoints raise `StorageError`.
 
+        A commit or a checkpoint that the other storage has begun already may still succeed.
         The next manager with this object loads the durable state, as after a reboot. A manager
         that was running at the power cut must still be stopped. Its `stop()` raises an error if
         there is anything to write.

@@ -93,7 +93,7 @@ async def until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
     for number in range(200):
         if await run(number):
             return
-    raise AssertionError("the call awaits more than a hundred times")
+    raise AssertionError("the call awaits a hundred times or more")
 
 
 @types.coroutine
@@ -101,21 +101,25 @@ def cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, An
     """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` does. Return `None` if it was cancelled.
 
     The index of this await, counted from 0, is `number // 2`. An even number cancels the coroutine while it waits
-    there. An odd number cancels the coroutine after the wait has ended, and before it continues.
+    there. An odd number cancels the coroutine after the wait has ended, and before it continues. A wait that fails
+    raises its error in the coroutine, which may handle it.
     """
-    awaits, woken = divmod(number, 2)
+    left, woken = divmod(number, 2)
+    thrown: BaseException | None = None
     try:
-        for _ in range(awaits):
-            yield call.send(None)
-        waiting: Any = call.send(None)
-        if woken:
-            yield waiting
-        else:
-            _ = asyncio.isfuture(waiting) and waiting.cancel()
-        waiting = call.throw(asyncio.CancelledError())
-        while True:  # the call may await during its cleanup
-            yield waiting
-            waiting = call.send(None)
+        while True:  # the call may also await during its cleanup
+            waiting: Any = call.send(None) if thrown is None else call.throw(thrown)
+            thrown = None
+            if left == 0 and not woken:
+                _ = asyncio.isfuture(waiting) and waiting.cancel()
+            else:
+                try:
+                    yield waiting
+                except BaseException as error:  # noqa: BLE001 -- it is raised in the call
+                    thrown = error
+            if left == 0:
+                thrown = asyncio.CancelledError()
+            left -= 1
     except asyncio.CancelledError:
         return None
     except StopIteration as end:

@@ -91,12 +91,22 @@ def _kept(stored: Any) -> _Kept:
     return _Kept(decode_value(stored.value if isinstance(stored, Expiring) else stored, Any), at)
 
 
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two JSON values are equal. In Python, `True == 1`, but in JSON `true` is not a number."""
+    kinds: tuple[type[Any], type[Any]] = type(one), type(other)
+    if kinds == (dict, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    if kinds == (list, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return (kinds[0] is bool) == (kinds[1] is bool) and bool(one == other)
+
+
 def _difference(kept: _Kept | None, newest: _Kept | None) -> str | None:
     """Return how a value differs from that of the newest state; `None` if it does not."""
     if kept is None:
         return "is missing, and it is"
     if newest is None:
         return "is there, and it is not"
-    if kept.value != newest.value:
+    if not _equal(kept.value, newest.value):
         return "has another value than"
     return None if kept.at == newest.at else "has another expiry time than"

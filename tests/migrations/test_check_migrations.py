@@ -69,6 +69,18 @@ def test_files_that_fit(tmp_path: Path) -> None:
             {"v2": {**FILES["v2"], "n": 2}},
             "v2.json: after the migrations, the key 'n' has another value than in v3.json",
         ),
+        (
+            {"v2": {**FILES["v2"], "n": True}},
+            "v2.json: after the migrations, the key 'n' has another value than in v3.json",
+        ),
+        (
+            {name: {**content, "m": {"a": [0, name != "v2"]}} for name, content in FILES.items()},
+            "v2.json: after the migrations, the key 'm' has another value than in v3.json",
+        ),
+        (
+            {name: {**content, "m": {"a": [0, 1 if name == "v3" else True]}} for name, content in FILES.items()},
+            "v1.json: after the migrations, the key 'm' has another value than in v3.json",
+        ),
         ({"v3": {"people/a": {"first": 1}}}, "v3.json: .* does not fit the schema: .* - at `"),
     ],
 )
