@@ -64,7 +64,7 @@ class MirrorAccess(Iterates):
         if self._local.fresh:
             entries = self._local.shown
             return {key: entries[key] for key in keys if key in entries}
-        return (await self._read(self._source.fetch(keys)))[1]
+        return await self._from_mirror(self._source.fetch(keys))
 
     def _steps(
         self, prefix: str, after: str | None, limit: int | None, type_: Any, on_mismatch: OnMismatch, *, reverse: bool
@@ -95,7 +95,13 @@ class MirrorAccess(Iterates):
 
     async def _all(self) -> dict[str, Stored]:
         """Read the whole mirror."""
-        return (await self._read(self._source.fetch_all()))[1]
+        return await self._from_mirror(self._source.fetch_all())
+
+    async def _from_mirror(self, fetching: Awaitable[Fetched]) -> dict[str, Stored]:
+        """Return entries of the mirror. From now on, no read of the local copy returns a lower revision."""
+        head, stored = await self._read(fetching)
+        self._local.has_read(head.revision)
+        return stored
 
     async def _head(self) -> Head:
         return (await self._read(self._source.fetch([])))[0]

@@ -199,7 +199,7 @@ class Feed:
         if self._clock.monotonic() - self._heard < SILENT_SECONDS:
             return
         await subscription.ping()
-        if self._local is not None and self._local.fresh and await self._head() != self._local.head:
+        if self._local is not None and self._local.loaded and await self._head() != self._local.head:
             raise UnavailableError(f"{self._source.path}: the subscription brings no messages, but there are changes")
 
     # Messages

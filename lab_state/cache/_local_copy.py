@@ -12,6 +12,9 @@ The reader has subscribed to the changes. It loads the copy in these steps:
 
 After that, no message may start above the revision of the copy. If a message does, an earlier
 message was lost. Then the copy is not read until it is loaded again.
+
+While the copy is loaded, reads go to the mirror, and may return a revision whose message has not
+arrived yet. The copy is not read until it has this revision. So no read returns an older revision.
 """
 
 from __future__ import annotations
@@ -37,16 +40,19 @@ class LocalCopy:
 
     Attributes:
         shown: The entries that may be read; empty while the copy is not fresh.
-        fresh: Whether the copy is complete and up to date.
+        loaded: Whether the copy is complete, and each message is applied to it.
+        fresh: Whether the copy may be read: it is loaded, and has the revision of each read of the mirror that has ended.
         head: The head of the mirror, at the revision of the copy; `None` before the first load.
         highest: The highest revision that a read of this copy may have returned.
     """
 
     def __init__(self) -> None:
         self.shown: dict[str, Stored] = {}
+        self.loaded: bool = False
         self.fresh: bool = False
         self.head: Head | None = None
         self.highest: int = 0
+        self._floor = 0  # the highest revision that a read of the mirror has returned
         # The index of expiries of this state is not complete. A reader compares the entries with the wall clock instead.
         self._state = State()
         self._whole = False  # whether `entries` has all keys at `head`; a load that reads all keys sets it to False until it succeeds
@@ -54,22 +60,28 @@ class LocalCopy:
 
     def invalidate(self) -> None:
         """Return no entries to reads until the copy is loaded again, because changes may be missing."""
-        self.fresh, self.shown, self._kept = False, {}, None
+        self.loaded, self.fresh, self.shown, self._kept = False, False, {}, None
 
     def reset(self) -> None:
         """Forget the copy and its highest revision, because a lower revision was accepted."""
         self.invalidate()
-        self.highest, self._whole = 0, False
+        self.highest, self._floor, self._whole = 0, 0, False
 
     def receive(self, step: Sequence[Message]) -> bool:
         """Apply the messages of one step. During a load, only keep them. Return False if the copy must be loaded again."""
-        if self.fresh:
+        if self.loaded:
             return self._apply(step)
         if self._kept is not None:
             self._kept.append(step)
             if len(self._kept) > _MOST_KEPT:
                 self._kept = None
         return True
+
+    def has_read(self, revision: int) -> None:
+        """Note that a read of the mirror has returned a revision. If the copy has a lower one, it is not read until it has caught up."""
+        self._floor = max(self._floor, revision)
+        if self.loaded:
+            self._show()
 
     # Loading
 
@@ -114,7 +126,7 @@ class LocalCopy:
         return bool(kept) and head is not None
 
     def finish_loading(self, last: Head) -> bool:
-        """Apply the kept messages that are left. Return True if the copy may be read, or False if it must be loaded again.
+        """Apply the kept messages that are left. Return True if the copy is loaded, or False if it must be loaded again.
 
         `last` is the second head. All messages up to this head have arrived. If there was a fill during the load,
         even at the same revision, the parts that were read may be from different states.
@@ -126,13 +138,13 @@ class LocalCopy:
             return False
         if (last.writer, last.fill) != (self.head.writer, self.head.fill) or last.revision > self.head.revision:
             return False
-        self.fresh, self.shown, self._whole = True, self.entries, True
-        self.highest = max(self.highest, self.head.revision)
+        self.loaded = self._whole = True
+        self._show()
         return True
 
     def _apply(self, step: Sequence[Message]) -> bool:
         head, end = self.head, step[-1]
-        assert head is not None  # a copy that is fresh, or being loaded, has a head
+        assert head is not None  # a copy that is loaded, or being loaded, has a head
         if end.writer != head.writer or end.start > head.revision or end.end < head.revision:
             return False
         if end.resync:  # there was a fill, possibly at the same revision
@@ -142,9 +154,17 @@ class LocalCopy:
         for message in step:
             self._update(changes_of(message.set, message.expires, message.delete), cleared=message.clear)
         self.head = Head(head.format, end.end, head.writer, head.fill)
-        if self.fresh:
-            self.highest, self.shown = end.end, self.entries
+        if self.loaded:
+            self._show()
         return True
+
+    def _show(self) -> None:
+        """Let reads use the loaded copy, unless a read of the mirror has returned a higher revision."""
+        assert self.head is not None  # a loaded copy has a head
+        self.fresh = self.head.revision >= self._floor
+        self.shown = self.entries if self.fresh else {}
+        if self.fresh:
+            self.highest = max(self.highest, self.head.revision)
 
     def _update(self, changes: Mapping[str, StoredOrGone], *, cleared: bool = False) -> None:
         apply_step(self._state, changes, self._state.revision + 1, cleared=cleared)

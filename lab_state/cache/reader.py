@@ -313,7 +313,9 @@ class Reader(MirrorAccess):
         _ = self._open
         if self._local.fresh:
             return self._local.highest
-        return (await self._head()).revision
+        revision = (await self._head()).revision
+        self._local.has_read(revision)
+        return revision
 
     async def wait_revision(self, revision: int, timeout: float | None = 5.0) -> None:  # noqa: ASYNC109 -- raised as a StorageError
         """Wait until reads use this revision or a later one. So a caller can read its own writes.

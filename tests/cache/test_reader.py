@@ -226,6 +226,57 @@ async def test_a_slow_read_may_be_overtaken(monkeypatch: pytest.MonkeyPatch) -> 
         assert await reading == 1
 
 
+class Held:
+    """A follower that holds the messages, as a slow connection does."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[bytes] = asyncio.Queue()
+
+
+@pytest.mark.parametrize("call", ["get", "get_all", "wait_revision"])
+async def test_a_message_that_arrives_after_a_read(call: str, until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a read of the mirror, a local copy with a lower revision is not read until its messages have arrived."""
+    cache = MemoryCache()
+    async with writer(cache) as state:
+        await state.set("a", 1)
+        await until(lambda: mirror_of(state).revision == 1)
+        async with cache.reader("name", local=True) as reader:
+            source, going = reader._source, asyncio.Event()
+            fetch, fetch_all = source.fetch, source.fetch_all
+
+            async def slow(keys: Any) -> Fetched:
+                await going.wait()
+                return await fetch(keys)
+
+            async def slow_all() -> Fetched:
+                await going.wait()
+                return await fetch_all()
+
+            monkeypatch.setattr(source, "fetch", slow)
+            monkeypatch.setattr(source, "fetch_all", slow_all)
+            calls: dict[str, Any] = {
+                "get": lambda: reader.get("a"),
+                "get_all": reader.get_all,
+                "wait_revision": lambda: reader.wait_revision(2),
+            }
+            reading = asyncio.ensure_future(calls[call]())
+            await asyncio.sleep(0)
+            monkeypatch.setattr(source, "fetch", fetch)
+            await until(lambda: reader._local.fresh)
+            place, held = cache.mirrors["name"], Held()
+            followers, place.followers = place.followers, {held: None}  # type: ignore[dict-item]
+            await state.set("a", 2)
+            await until(lambda: mirror_of(state).revision == 2)
+            going.set()
+            assert await reading == {"get": 2, "get_all": {"a": 2}, "wait_revision": None}[call]
+            assert await reader.get("a") == 2
+            [subscription], place.followers = followers, followers
+            while not held.queue.empty():
+                subscription.queue.put_nowait(held.queue.get_nowait())
+            await until(lambda: reader._local.fresh)
+            assert reader._local.shown["a"] == 2
+
+
 async def test_open_and_closed(cache: Any) -> None:
     """A reader is used inside `async with`, once at a time, and may be used again."""
     reader = cache.reader("name", local=True)
@@ -507,6 +558,20 @@ def test_a_load_that_broke_off() -> None:
     assert not local.set_head(head)
     assert local.finish_loading(head)
     assert local.shown == {"a": 1}
+
+
+def test_a_load_that_ends_below_a_read() -> None:
+    """A loaded copy is read when it has the revision of a read of the mirror that ended during the load."""
+    local = LocalCopy()
+    local.start_loading()
+    assert local.set_head(Head(1, 5, "w"))
+    local.has_read(6)
+    assert local.finish_loading(Head(1, 5, "w"))
+    assert (local.loaded, local.fresh, local.highest, local.shown) == (True, False, 0, {})
+    assert local.receive([parsed(message(5, 6, "w", Slice({"n": b"6"}, {}, [])))])
+    assert (local.fresh, local.highest, local.shown["n"]) == (True, 6, 6)
+    local.reset()
+    assert (local.loaded, local.fresh) == (False, False)
 
 
 @pytest.mark.parametrize(
