@@ -93,7 +93,7 @@ def _kept(stored: Any) -> _Kept:
 
 def _equal(one: Any, other: Any) -> bool:
     """Return whether two JSON values are equal. In Python, `True == 1`, but in JSON `true` is not a number."""
-    kinds: tuple[type[Any], type[Any]] = type(one), type(other)
+    kinds = type(one), type(other)  # pyright: ignore[reportUnknownVariableType] -- the types of JSON values
     if kinds == (dict, dict):
         return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
     if kinds == (list, list):
