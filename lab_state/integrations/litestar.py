@@ -271,15 +271,22 @@ class LabStateStore(NamespacedStore):
     With `StoreRegistry(default_factory=LabStateStore(state.namespace("litestar")).with_namespace)`
     all stores of an application are in this namespace, each under the name of the store.
 
-    The store does not start the manager; `LabStatePlugin` does. The manager's `flush_interval`
-    decides when a write becomes durable. Text, and bytes that are UTF-8, are stored as a JSON string.
-    Other bytes are stored as `{"base64": ...}`. Any string may be a key. A key is escaped, as by
-    `escape_key`. If the escaped key has more than 256 characters, the value is stored under the hash of the escaped key.
+    The store does not start the manager; `LabStatePlugin` does. With a `flush_interval` of 0, which a shared
+    state always has, a write waits until its change is durable. With another interval, a later flush makes the
+    change durable. Text, and bytes that are UTF-8, are stored as a JSON string. Other bytes are stored as
+    `{"base64": ...}`. Any string may be a key. A key is escaped, as by `escape_key`. If the escaped key has more
+    than 256 characters, the value is stored under the hash of the escaped key.
 
-    Every call raises `ClosedError` while the manager does not run. With a `flush_interval` of
-    0, each writing call raises `StorageError` if the storage fails. After this error, the change is not
-    durable yet, and the manager tries again by itself. When the manager is fenced, each writing call raises
-    `FencedError` and changes nothing. This happens with every `flush_interval`.
+    Every call except `with_namespace` raises `ClosedError` while the manager does not run. A key that is not a
+    `str` raises `TypeError`. If stores are nested so deep that a key would have more than 1,024 characters, the
+    call raises `InvalidKeyError`. With a `flush_interval` of 0, each writing call raises `StorageError` if the
+    storage fails. After this error, the change is not durable yet, and the manager tries again by itself. There
+    are two exceptions. If the error has an `outcome`, see `UnavailableError`. If the flush task has ended, each
+    writing call changes nothing and raises `UnavailableError`, with every `flush_interval`.
+
+    Once the manager knows that it is fenced, each writing call changes nothing and raises `FencedError`, with
+    every `flush_interval`. A write by which the manager learns of the newer writer raises this error, too: its
+    change is in memory, and never becomes durable.
     """
 
     __slots__ = ()
@@ -314,6 +321,7 @@ class LabStateStore(NamespacedStore):
 
         Raises:
             InvalidKeyError: The stores are nested too deep: a key may have 1,024 characters at most.
+            TypeError: `namespace` is not a `str`.
         """
         return LabStateStore(self.namespace.namespace(part(namespace)))
 
@@ -327,8 +335,9 @@ class LabStateStore(NamespacedStore):
                 With `None`, the value does not expire. With 0 or less, the key is deleted.
 
         Raises:
-            InvalidValueError: The text has lone surrogates, or `expires_in` is more than
+            InvalidValueError: The text has lone surrogates, or `expires_in` is NaN or more than
                 10,000,000,000 seconds.
+            TypeError: The value is neither text nor bytes, or `expires_in` is neither a number nor a `timedelta`.
         """
         kept = value if isinstance(value, str) else _from_bytes(value)
         ttl = expires_in.total_seconds() if isinstance(expires_in, timedelta) else expires_in
@@ -348,7 +357,7 @@ class LabStateStore(NamespacedStore):
 
         Raises:
             TypeMismatchError: Other code has stored the value in this namespace.
-            InvalidValueError: The value expires, and `renew_for` is below 0 or more than
+            InvalidValueError: The value expires, and `renew_for` is NaN, below 0 or more than
                 10,000,000,000 seconds.
         """
         name = part(key)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 from starlette.applications import Starlette
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -250,6 +250,7 @@ class ReadYourWrites:
 
         Raises:
             LookupError: The lifespan did not run.
+            ClosedError: The client has sent a revision of a manager that is not running.
         """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -328,7 +329,8 @@ class _EventStream(StreamingResponse):
             if scope.get("method") == "HEAD":  # a HEAD request gets no body, so nothing would end the stream
                 await Response(headers=HEADERS, media_type=MEDIA_TYPE)(scope, receive, send)
             else:
-                await super().__call__(scope, receive, send)
+                with suppress(ClientDisconnect):  # Starlette raises it under a server of ASGI 2.4
+                    await super().__call__(scope, receive, send)
 
 
 async def push(websocket: WebSocket, watch: Watch, *, data: Data | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Helpers for tests: a clock that moves on demand, and a storage that fails on demand.
+"""Helpers for tests: a clock that moves on demand, a storage that fails on demand, and a check of migrations.
 
 These helpers are public. They are meant for the tests of an application that uses lab_state. None
 of them needs a test framework. `StorageConformance` is meant for authors of a storage.
@@ -227,7 +227,7 @@ class FaultyStorage:
         A commit or a checkpoint that the other storage has begun already may still succeed.
         The next manager with this object loads the durable state, as after a reboot. A manager
         that was running at the power cut must still be stopped. Its `stop()` raises an error if
-        there is anything to write.
+        there are changes that are not durable.
 
         Args:
             during: The operation whose next call cuts the power; by default the power is cut at once.

@@ -474,6 +474,23 @@ async def test_an_error_while_messages_are_dropped() -> None:
                 )
 
 
+async def test_a_client_that_leaves_a_server_of_asgi_2_4() -> None:
+    """Starlette: the server raises `OSError` when it cannot send, and the stream ends without an error."""
+
+    async def receive() -> Any:
+        raise AssertionError("such a server does not report that the client has left")
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            raise OSError("the client has left")
+
+    state = Manager("a", MemoryStorage())
+    async with for_starlette.lifespan(state)(None) as served:
+        scope = {"type": "http", "method": "GET", "headers": [], "state": served, "asgi": {"spec_version": "2.4"}}
+        await for_starlette.sse(Request(scope), state.watch())(scope, receive, send)
+        assert not state._core._watchers
+
+
 async def test_a_websocket_whose_client_has_left_before() -> None:
     """Starlette: if the endpoint has received that the client left, `push` returns and sends nothing."""
     received = iter([{"type": "websocket.connect"}, {"type": "websocket.disconnect", "code": 1001}])
