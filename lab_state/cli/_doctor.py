@@ -1,10 +1,12 @@
-"""The subcommand `doctor`: a report on what a state needs to work. The state is not changed. In a bucket, the probe is written."""
+"""The subcommand `doctor`: a report on what a state needs to work. The state is not changed. In a bucket, the check writes the probe."""
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from lab_state._catalog import list_states
@@ -14,7 +16,7 @@ from lab_state.cli._exits import Stop, code_of, is_missing
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
-from lab_state.cli._text import counted, live_text, size_text
+from lab_state.cli._text import as_utf8, counted, live_text, size_text
 from lab_state.exceptions import StorageError
 from lab_state.shared._address import address_of
 from lab_state.storage import _fs as fs
@@ -29,13 +31,21 @@ _SHARED = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs", "glusterfs
 """File systems that other machines may use at the same time. On these, a lock and a sync may guarantee less."""
 
 
+_LEFT = re.compile(r"(?:json|journal)\.(torn|replaced)-\d+|(damaged)-\d+(?:-\d+)?")
+_LEFT_TEXTS = {
+    "replaced": "another program had put this file in the place of the state; look at it, and delete it",
+    "torn": "the torn end of a journal; you may delete it",
+    "damaged": "damaged files that a repair or a restore has kept; delete them when they are no longer needed",
+}
+
+
 class Line(NamedTuple):
     """A line of the report.
 
     Attributes:
         subject: The name of the check, such as `socket`.
         is_good: Whether the check found no fault.
-        text: The result of the check, and the remedy for a fault.
+        text: The result of the check. The text of most faults has the remedy, too.
     """
 
     subject: str
@@ -57,16 +67,18 @@ async def doctor(output: Output, state: Target, *, json: bool) -> None:
         lines.append(Line("content", False, str(error)))
     else:
         size = loaded.size
-        found = f"{counted(len(loaded.state.entries), 'key')}, {size_text(size)}, revision {loaded.state.revision}"
-        lines.append(Line("content", True, f"{found}, durable up to {loaded.durable_revision}"))
+        content = f"{counted(len(loaded.state.entries), 'key')}, {size_text(size)}, revision {loaded.state.revision}"
+        lines.append(Line("content", True, f"{content}, durable up to {loaded.durable_revision}"))
     lines += await (
         _of_files(storage, state, size) if isinstance(storage, FileStorage) else _of_a_bucket(storage, state)
     )
     if json:
-        output.one(checks=[{"subject": line.subject, "ok": line.is_good, "text": line.text} for line in lines])
+        found = [{"subject": as_utf8(one.subject), "ok": one.is_good, "text": as_utf8(one.text)} for one in lines]
+        output.one(checks=found)
     else:
         for line in lines:
-            output.line(f"{'ok  ' if line.is_good else 'LOOK'}  {line.subject}: {output.text(line.text)}")
+            mark = "ok  " if line.is_good else "LOOK"
+            output.line(f"{mark}  {output.text(line.subject)}: {output.text(line.text)}")
     if failure is not None:
         raise Stop(code_of(failure))
 
@@ -85,26 +97,41 @@ async def _of_a_bucket(storage: Storage, state: Target) -> list[Line]:
 
 
 async def _of_files(storage: FileStorage, state: Target, size: int) -> list[Line]:
-    directory = _real(state.place.directory)
-    lines = [
-        Line("holder", one.live is not None, one.holder or live_text(one.live))
-        for one in await list_states(storage)
-        if one.name == state.name
-    ]
-    lines.append(await _socket(storage, state, directory))
-    lines += _permissions(directory, state.name)
-    lines.append(_file_system(directory))
-    free = _free(directory)
-    needed = 2 * size + _ROOM
-    lines.append(Line("room", free >= needed, f"{size_text(free)} free; a checkpoint may need {size_text(needed)}"))
-    lines += _leftovers(directory, state.name)
+    directory, name = _real(state.place.directory), state.name
+    lines: list[Line] = []
+    try:
+        listed = await list_states(storage)
+    except StorageError as error:
+        lines.append(Line("holder", False, str(error)))
+    else:
+        lines += [
+            Line("holder", one.live is not None, one.holder or live_text(one.live))
+            for one in listed
+            if one.name == name
+        ]
+    lines.append(await _socket(storage, name, directory))
+    lines += _checked("directory", functools.partial(_permissions, directory, name))
+    lines += _checked("file system", functools.partial(_file_system, directory))
+    lines += _checked("room", functools.partial(_room, directory, size))
+    lines += _checked("files that were left", functools.partial(_leftovers, directory, name))
     return lines
 
 
-async def _socket(storage: FileStorage, state: Target, directory: str) -> Line:
-    if not _is_there(address_of(directory, state.name).path):
-        return Line("socket", True, "none: the state is not shared, or does not run")
-    client = Client(storage, state.name)
+def _checked(subject: str, check: Callable[[], Iterable[Line]]) -> Iterator[Line]:
+    """Yield the lines of a check. If the system does not allow the check, yield its error in place of the other lines."""
+    try:
+        yield from check()
+    except OSError as error:
+        yield Line(subject, False, f"this cannot be checked: {error.strerror}")
+
+
+async def _socket(storage: FileStorage, name: str, directory: str) -> Line:
+    try:
+        if _status(address_of(directory, name).path) is None:
+            return Line("socket", True, "none: the state is not shared, or does not run")
+    except OSError as error:
+        return Line("socket", False, f"this cannot be checked: {error.strerror}")
+    client = Client(storage, name)
     try:
         if await client.connect():
             return Line("socket", True, f"pid {client.pid} answers, durable revision {client.revision}")
@@ -123,17 +150,20 @@ def _real(path: str) -> str:
     return os.path.realpath(path)
 
 
-def _is_there(path: str) -> bool:
-    return os.path.exists(path)
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
 
 
 def _permissions(directory: str, name: str) -> Iterator[Line]:
     can_write = os.access(directory, os.W_OK | os.X_OK)
     yield Line("directory", can_write, f"{directory} {'can' if can_write else 'cannot'} be written by this user")
     for path in Paths.of(directory, name)[1:]:
-        if not _is_there(path):
+        status = _status(path)
+        if status is None:
             continue
-        status = os.stat(path)
         owner, mode = status.st_uid, stat.S_IMODE(status.st_mode)
         text = f"owner {owner}, mode {mode:04o}"
         if owner != os.geteuid():
@@ -144,8 +174,9 @@ def _permissions(directory: str, name: str) -> Iterator[Line]:
             yield Line(os.path.basename(path), True, text)
 
 
-def _file_system(directory: str) -> Line:
-    return of_file_system(file_system((fs.read(MOUNTS) or b"").decode(errors="replace"), os.stat(directory).st_dev))
+def _file_system(directory: str) -> Iterator[Line]:
+    mounts = (fs.read(MOUNTS) or b"").decode(errors="replace")
+    yield of_file_system(file_system(mounts, os.stat(directory).st_dev))
 
 
 def of_file_system(kind: str) -> Line:
@@ -169,23 +200,16 @@ def file_system(mounts: str, device: int) -> str:
     return "unknown"
 
 
-def _free(directory: str) -> int:
+def _room(directory: str, size: int) -> Iterator[Line]:
     found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
+    free, needed = found.f_bavail * found.f_frsize, 2 * size + _ROOM
+    yield Line("room", free >= needed, f"{size_text(free)} free; a checkpoint may need {size_text(needed)}")
 
 
 def _leftovers(directory: str, name: str) -> Iterator[Line]:
-    """Yield a line for each file that a fault or a repair has left beside the state."""
+    """Yield a line for each file that a fault or a repair has left beside the state. The files of other states are skipped."""
     for entry in sorted(os.listdir(directory)):
-        if not entry.startswith(f"{name}."):
-            continue
-        for mark, text in (
-            (".replaced-", "another program had put this file in the place of the state; look at it, and delete it"),
-            (".torn-", "the torn end of a journal; you may delete it"),
-            (
-                ".damaged-",
-                "damaged files that a repair or a restore has kept; delete them when they are no longer needed",
-            ),
-        ):
-            if mark in entry:
-                yield Line(entry, mark == ".torn-", text)
+        found = _LEFT.fullmatch(entry.removeprefix(f"{name}.")) if entry.startswith(f"{name}.") else None
+        if found is not None:
+            kind = found[1] or found[2]
+            yield Line(entry, kind == "torn", _LEFT_TEXTS[kind])

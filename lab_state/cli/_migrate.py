@@ -15,6 +15,7 @@ from msgspec import Raw
 from lab_state._arguments import name_of
 from lab_state._checking import Misfit
 from lab_state._entries import Absent, Stored, StoredOrGone, Versions
+from lab_state._foreign import described as foreign_error
 from lab_state._migrations import Schema, checked_schema
 from lab_state._migrations._chain import migrate as run_migration
 from lab_state._migrations._chain import misfits
@@ -34,16 +35,19 @@ from lab_state.manager import Manager
 _SHOWN = 60
 """The largest number of characters of a value in a line for people."""
 
+_MOST_MISFITS = 100
+"""The number of values of a wrong type after which a dry run looks for no more."""
+
 
 def schema_at(text: str) -> Schema:
-    """Import the schema that `module:name` names. The current directory is searched, too.
+    """Import the schema that `module:name` names. The current directory is searched first.
 
     Raises:
-        Stop: There is no such module or name, or the object is not a schema.
+        Stop: There is no such module or name, or its code raises an error, or the object is not a schema.
         ValueError: The schema lacks a migration.
     """
     module, colon, name = text.partition(":")
-    if not colon or not module or not name:
+    if not colon or not module or not name or module.startswith("."):
         raise Stop(USAGE, f"{text} does not name a schema: write module:name, such as app:schema")
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -52,6 +56,10 @@ def schema_at(text: str) -> Schema:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise Stop(USAGE, f"{text} cannot be imported: {error}") from error
+    except SyntaxError as error:
+        raise Stop(USAGE, f"{text} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # the code of the user may raise any error, or exit
+        raise Stop(USAGE, f"{text} cannot be imported: {foreign_error(error)}") from error
     if not isinstance(found, Schema):
         raise Stop(USAGE, f"{text} is not a Schema, but an object of the class {type(found).__qualname__}")
     return checked_schema(found)
@@ -112,7 +120,7 @@ class _Trial:
         entries = {key: self._base.entries[key] for key in islice(changes, 3) if key in self._base.entries}
         first = [self._difference(key, entries.get(key), changes[key]) for key in islice(changes, 3)]
         draft.merge()
-        wrong = _misfits(self._base, self._schema, 100)
+        wrong = _misfits(self._base, self._schema, _MOST_MISFITS)
         seconds = round(time.perf_counter() - began, 3)
         if json:
             found = [one._asdict() for one in wrong]
@@ -121,7 +129,8 @@ class _Trial:
         else:
             self._show(steps, first, wrong, seconds)
         if wrong:
-            raise Stop(NOT_FOUND, f"the migration would fail: {counted(len(wrong), 'value')} of a wrong type")
+            count = counted(len(wrong), "value") if len(wrong) < _MOST_MISFITS else f"{_MOST_MISFITS} or more values"
+            raise Stop(NOT_FOUND, f"the migration would fail: {count} of a wrong type")
 
     def _difference(self, key: str, before: Stored | None, after: StoredOrGone) -> dict[str, Any]:
         """Return a key with its value before and after the migrations. A value that is missing is left out."""

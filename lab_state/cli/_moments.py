@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -103,7 +104,7 @@ def _milliseconds(seconds: float | None) -> int | None:
 
 
 async def readings(storage: Storage, name: str, since: int | datetime | None) -> AsyncIterator[Reading]:
-    """Yield the generations of a state that have changes after a moment, and the one in use, the oldest first. Without a moment, yield all."""
+    """Yield the generations of a state, the oldest first. With a moment, leave out those that end before it, except the one in use."""
     past = history_of(storage)
     for one in await generations(past, name):
         last = one.span.last
@@ -119,7 +120,7 @@ async def readings(storage: Storage, name: str, since: int | datetime | None) ->
 async def changes_of_key(storage: Storage, name: str, key: str) -> AsyncIterator[Change]:
     """Yield each stored change of a key, the oldest first. A snapshot shows a change that no record has."""
     last: tuple[bytes, int | None] | None = None
-    revision = 0
+    revision = -1  # the file of another program has revision 0
     async for reading in readings(storage, name, None):
         state = LoadedState({}, 0) if reading.snapshot is None else decode_snapshot(reading.snapshot, reading.path)
         if state.revision > revision:
@@ -156,11 +157,12 @@ async def restore(
         return
     output.line(f"{output.text(state.place.state(into))}: revision {done.revision}")
     if done.before is not None:
-        output.line(f"to undo this: lab-state restore {output.text(str(state))} --at r{done.before} --into {into}")
+        words = ("lab-state", "restore", str(state), "--at", f"r{done.before}", "--into", into)
+        output.line(f"to undo this: {output.text(shlex.join(words))}")
 
 
 async def _compare(output: Output, state: Target, storage: Storage, moment: int | datetime, *, json: bool) -> None:
-    """Print the changes that a restore in place would make."""
+    """Print how many keys a restore in place would add, remove and change."""
     then = await read_state(state.name, storage, at=moment)
     now = await read_state(state.name, storage)
     counts = {"added": 0, "removed": 0, "changed": 0}

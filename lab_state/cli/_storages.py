@@ -110,9 +110,14 @@ def json_of(stored: Stored) -> bytes:
 
 
 def raw_of(stored: Stored) -> bytes:
-    """Return the JSON of an entry, in one line. The JSON that another program has written may have several lines."""
+    """Return the JSON of an entry, in one line and without tabs. The JSON that another program has written may have both."""
     data = json_of(stored)
-    return data if b"\n" not in data and b"\r" not in data else msgspec.json.format(data, indent=-1)
+    return data if is_line(data) else msgspec.json.format(data, indent=-1)
+
+
+def is_line(data: bytes, breaks: int = 0) -> bool:
+    """Return whether JSON has this number of line breaks, and no other control characters. Inside a string, JSON has none."""
+    return data.count(b"\n") == breaks and b"\r" not in data and b"\t" not in data
 
 
 def expiry_of(stored: Stored) -> int | None:

@@ -8,7 +8,7 @@ from msgspec import Raw
 from lab_state._entries import Stored
 from lab_state.cli._exits import USAGE, Stop, no_key
 from lab_state.cli._output import Output
-from lab_state.cli._storages import described, entries_of, expiry_of, json_of, raw_of, read
+from lab_state.cli._storages import described, entries_of, expiry_of, is_line, json_of, raw_of, read
 from lab_state.cli._target import Target
 from lab_state.cli._text import moment_text
 
@@ -118,8 +118,8 @@ def _lines_of(keys: list[str], entries: dict[str, Stored]) -> bytes:
     data = _encode_lines(
         [_Line(key, stored) if (stored := entries[key]).__class__ is Raw else _line(key, stored) for key in keys]
     )
-    # Only a file of another program has values of several lines. So one check covers all values.
-    if data.count(b"\n") == len(keys) and b"\r" not in data:
+    # Only a file of another program has values with line breaks or tabs. So one check covers all values.
+    if is_line(data, len(keys)):
         return data
     return _encode_lines([_Line(key, Raw(raw_of(entries[key])), expiry_of(entries[key])) for key in keys])
 
@@ -132,6 +132,6 @@ def _members_of(keys: list[str], entries: dict[str, Stored]) -> bytes:
     """Return some members of the object that `dump` prints, one a line."""
     names = _encode_lines(keys).split(b"\n")
     data = b",\n".join([b"%b:%b" % (name, json_of(entries[key])) for name, key in zip(names, keys, strict=False)])
-    if data.count(b"\n") == len(keys) - 1 and b"\r" not in data:
+    if is_line(data, len(keys) - 1):
         return data
     return b",\n".join([b"%b:%b" % (name, raw_of(entries[key])) for name, key in zip(names, keys, strict=False)])

@@ -21,7 +21,7 @@ from lab_state._values import encode_value
 from lab_state.cli._client import PATIENCE, Client
 from lab_state.cli._exits import NOT_FOUND, Stop, is_missing
 from lab_state.cli._input import Item, has_changed, json_of
-from lab_state.cli._storages import check_deposes, storage_at, storage_to_write
+from lab_state.cli._storages import check_deposes, raw_of, storage_at, storage_to_write
 from lab_state.cli._target import Target
 from lab_state.config import Config
 from lab_state.exceptions import (
@@ -201,7 +201,9 @@ class Stopped:
         """Replace a value; see `Writer`."""
         manager = self._manager
         try:
-            same = bytes(await manager.get(key, type=Raw)) == before and manager._expiry(key) == expires  # noqa: SLF001 -- `expires_in` is not exact
+            # The file of another program may have the value in several lines; `before` is one line.
+            value_now = raw_of(await manager.get(key, type=Raw))
+            same = value_now == before and manager._expiry(key) == expires  # noqa: SLF001 -- `expires_in` is not exact
         except KeyNotFoundError:
             same = False
         if not same:
@@ -276,6 +278,8 @@ class Shared:
         try:
             return len(values), await self._change(Changes(clear=replace, set=values, expires=times), NEVER, [])
         except InvalidValueError as error:
+            if not str(error).endswith("split it"):  # the owner refuses a value
+                raise
             raise InvalidValueError(f"{error}, or stop the processes of the state first") from None
 
     async def _change(self, changes: Changes, since: int, keys: list[str]) -> int:

@@ -139,6 +139,10 @@ async def test_migrations_that_fail(tmp_path: Path) -> None:
     assert dry.code == 1
     assert "! stock/apple  $: not a `Stock`: Expected `object`, got `int`" in dry.out
     assert "the migration would fail: 2 values of a wrong type" in dry.err
+    lines = "".join(f'{{"key":"stock/{number}","value":{number}}}\n' for number in range(100))
+    assert (await world.run("load", "--nl", "--create", f"{world.place}/many", given=lines)).code == 0
+    many = await world.run("migrate", "--dry-run", "app:wrong", f"{world.place}/many")
+    assert "the migration would fail: 100 or more values of a wrong type" in many.err
     failed = await world.run("migrate", "app:wrong", world.state)
     assert (failed.code, "'stock/apple' does not fit the schema" in failed.err) == (1, True)
     assert (await read_state("shop", world.storage())).revision == 2
@@ -177,15 +181,22 @@ async def test_check(tmp_path: Path) -> None:
         ("app:APP", "cannot be imported"),
         ("app:Stock", "is not a Schema, but an object of the class StructMeta"),
         ("app:gap", "no migration to version 2"),
+        (".app:schema", "does not name a schema"),
+        ("syntax:schema", "syntax:schema cannot be imported: invalid syntax (syntax.py, line 1)"),
+        ("raises:schema", "raises:schema cannot be imported: KeyError at "),
+        ("ends:schema", "ends:schema cannot be imported: SystemExit at "),
     ],
 )
 async def test_a_schema_that_is_none(tmp_path: Path, schema: str, text: str) -> None:
     """The exit code is 2, and the message says what is wrong."""
     world = await made(tmp_path)
+    for name, code in (("syntax", "def ("), ("raises", "{}['secret']"), ("ends", "raise SystemExit(0)")):
+        (tmp_path / f"{name}.py").write_text(code)
     for subcommand in ("migrate", "check"):
         done = await world.run(subcommand, schema, world.state)
         assert (done.code, done.out) == (2, "")
         assert text in done.err
+        assert "secret" not in done.err
     assert (await world.run("check", "app:plain", world.state)).err.endswith("has no types: add types= to the Schema\n")
 
 
@@ -224,6 +235,7 @@ async def test_the_owner_checks_what_the_command_writes(tmp_path: Path) -> None:
         assert (await world.run("set", world.state, "stock/apple", '"x"', "--if", "2")).code == 2
         wrong = await world.run("load", "--nl", world.state, given=lines + '{"key":"stock/x","value":"x"}\n')
         assert (wrong.code, wrong.out) == (2, "")
+        assert "stop the processes" not in wrong.err
         env = {"EDITOR": script(tmp_path / "editor", 'echo "[]" > "$1"'), "TMPDIR": str(tmp_path)}
         edited = await world.run("edit", world.state, "stock/apple", env=env)
         assert (edited.code, "your text is kept in" in edited.err) == (2, True)

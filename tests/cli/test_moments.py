@@ -101,6 +101,28 @@ async def test_history_for_people(tmp_path: Path) -> None:
     assert (await past.run("history", past.state, "none")).out == ""
 
 
+async def test_a_value_of_another_program_is_in_the_history(tmp_path: Path) -> None:
+    """The file of another program has revision 0. `history` shows its value, and the changes after it."""
+    world = World("stopped", tmp_path)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "shop.json").write_text('{"a": 1}')
+    async with Manager(Config(name="shop", flush_interval=0), world.storage()) as state:
+        await state.set("a", 2)
+        found = (await world.run("history", "--nl", world.state, "a")).lines
+    assert [(one["revision"], one["value"]) for one in found] == [(0, 1), (1, 2)]
+
+
+async def test_a_restore_names_the_command_that_undoes_it(tmp_path: Path) -> None:
+    """The line works in a shell as it stands, with any path."""
+    past = Past("stopped", tmp_path / "a directory's name")
+    past.directory.mkdir()
+    await past.made()
+    done = await past.run("restore", past.state, "--at", "r3", "--into", "shop")
+    program, *undo = shlex.split(done.out.splitlines()[1].removeprefix("to undo this: "))
+    assert (program, (await past.run(*undo)).code) == ("lab-state", 0)
+    assert await past.reading() == {"n": 5}
+
+
 async def test_a_clear_and_a_hole_in_the_changes_of_a_key(tmp_path: Path) -> None:
     """A clear ends each key. If records are missing, the snapshot shows what has changed."""
     world = Past("stopped", tmp_path)

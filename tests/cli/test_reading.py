@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
-from commanded import KINDS, Kind, World
+from commanded import KINDS, Kind, World, on_terminal
 
 from lab_state import FileStorage, Manager
 
@@ -155,6 +156,16 @@ async def test_a_file_of_another_program(tmp_path: Path) -> None:
     assert (await world.run("get", f"{world.state}.json", "a")).out == '{"b":[1,2]}\n'
     seen = (await world.run("get", "--json", world.state, "a")).json
     assert (seen["revision"], seen["wall"]) == (0, None)
+
+
+async def test_tabs_of_another_program(tmp_path: Path) -> None:
+    """JSON with tabs is printed without them. So it stays JSON on a terminal, where control characters are escaped."""
+    world = World("stopped", tmp_path)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "shop.json").write_text('{"a":\t{"b":\t1}}')
+    for arguments in (("dump", world.state), ("dump", "--nl", world.state), ("history", "--nl", world.state, "a")):
+        shown = await asyncio.to_thread(on_terminal, *arguments, cwd=tmp_path)
+        assert '{"b":1}' in json.dumps(json.loads(shown.out), separators=(",", ":")), arguments
 
 
 async def test_damage_is_code_4(tmp_path: Path) -> None:

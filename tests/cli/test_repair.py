@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import under
 from commanded import World
 
 from lab_state import CorruptionError, FileStorage, Manager, read_state
@@ -258,6 +259,58 @@ async def test_a_report_on_what_needs_a_look(tmp_path: Path) -> None:
     (state / "shop.sock").unlink()
     (state / "shop.sock").mkdir()
     assert subjects((await world.run("doctor", "--json", world.state)).json)["socket"][0] is False
+
+
+async def test_a_report_without_all_permissions(tmp_path: Path) -> None:
+    """If a directory cannot be listed or searched, `doctor` says so in the lines of these checks, and makes the other ones."""
+    world = World("stopped", tmp_path)
+    async with world.filled():
+        pass
+    state = tmp_path / "state"
+    for path in (state / "shop.sock", state / "shop.lock"):  # a link in a circle is an error for each user
+        path.unlink(missing_ok=True)
+        path.symlink_to(path)
+    found = subjects((await world.run("doctor", "--json", world.state)).json)
+    assert found["socket"] == (False, "this cannot be checked: Too many levels of symbolic links")
+    assert found["directory"] == (False, "this cannot be checked: Too many levels of symbolic links")
+    assert found["room"][0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_a_report_on_a_directory_that_cannot_be_listed(tmp_path: Path) -> None:
+    """The state can be read, but its holder and the files that were left are not known."""
+    world = World("stopped", tmp_path)
+    async with world.filled():
+        pass
+    state = tmp_path / "state"
+    for directory in (state, *list(state.parents)[:3]):  # up to the directory for all temporary files
+        directory.chmod(directory.stat().st_mode & 0o700 | 0o11)
+    for path in state.iterdir():
+        path.chmod(0o644)
+    done = await world.run("doctor", "--json", world.state, env=under(user=65534))
+    assert done.code == 0
+    found = subjects(done.json)
+    assert found["content"][0]
+    assert {subject for subject, (_, text) in found.items() if "Permission denied" in text} == {
+        "holder", "files that were left",
+    }  # fmt: skip
+
+
+async def test_names_in_a_report(tmp_path: Path) -> None:
+    """A path that is not UTF-8 is escaped. Files that another state has left are not in the report."""
+    directory = tmp_path / "a\udcff\x1b"
+    world = World("stopped", directory)
+    directory.mkdir()
+    async with world.filled():
+        pass
+    for name in ("shop.damaged-1.json", "shop.v2.json.torn-1", "shop.json.torn-\x1b", "shop.journal.torn-7"):
+        (directory / "state" / name).touch()
+    done = await world.run("doctor", "--json", "state/shop")
+    assert done.code == 0
+    found = subjects(done.json)
+    assert found["directory"][1].startswith(f"{tmp_path}/a\\udcff\x1b/state can be written")
+    assert [subject for subject in found if "torn" in subject or "damaged" in subject] == ["shop.journal.torn-7"]
+    assert "\x1b" not in (await world.run("doctor", "state/shop")).out
 
 
 async def test_a_report_on_a_bucket(tmp_path: Path) -> None:

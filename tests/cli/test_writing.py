@@ -132,6 +132,16 @@ async def test_edits_that_write_nothing(world: World, tmp_path: Path) -> None:
         assert await world.reading() == before
 
 
+async def test_an_edit_of_a_value_in_several_lines(tmp_path: Path) -> None:
+    """A value that another program has written in several lines can be edited."""
+    world = World("stopped", tmp_path)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "shop.json").write_text('{"a": {\n"b": 1}}')
+    env = {"EDITOR": script(tmp_path / "editor", 'sed -i s/1/2/ "$1"')}
+    assert (await world.run("edit", world.state, "a", env=env)).code == 0
+    assert await world.reading() == {"a": {"b": 2}}
+
+
 async def changed_meanwhile(world: World, tmp_path: Path, other: list[Any]) -> Done:
     """Edit a value, while another writer changes the state."""
     await asyncio.to_thread(os.mkfifo, tmp_path / "go")
