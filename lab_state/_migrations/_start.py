@@ -1,7 +1,7 @@
 """The start of a state with a schema: the decision, the migration, and its commit.
 
-Theory of operation. All migrations run on one draft over the loaded state. Then the draft is merged, each value is checked
-against its type, and one commit makes the change durable, with the new versions. Until then the state is shown to no caller.
+All migrations run on one draft over the loaded state. Then the draft is merged, each value is checked against its type, and
+one commit makes the change durable, with the new versions. Until then the state is shown to no caller.
 If anything fails before the commit, the loaded state is dropped, and the files are as before.
 """
 
@@ -120,9 +120,8 @@ class SchemaStart(NamedTuple):
                 if found is not None:
                     raise unfit(found, name, schema.version) from None
                 await asyncio.sleep(0)
-        if is_alone and 2 * count > len(
-            state.entries
-        ):  # the owner of a shared state needs the records for other processes
+        # The owner of a shared state needs the records for other processes.
+        if is_alone and 2 * count > len(state.entries):
             copy_loaded(state)
             forget_recovery(session)
         committed = await commit(state, session, schema.versions)

@@ -66,6 +66,7 @@ class Feed:
     ) -> None:
         """Start the task. `head` is a function that reads the head of the mirror."""
         self.revision: int = -1
+        self._reported = -1  # the watches have got all changes up to this revision, or a `resync` in their place
         self.watchers: Group = Group()
         self._source = source
         self._local = local
@@ -184,6 +185,7 @@ class Feed:
                 begins = self.revision < 0
                 self.revision = head.revision
                 if begins:
+                    self._reported = self.revision
                     self.watchers.resync(self.revision)
                 self._notify()
             await wait_for_event(self._poll_now, self._clock, POLL_SECONDS)
@@ -259,8 +261,9 @@ class Feed:
         if last.end - last.start > _LONGEST_STEP:
             self._resync()
             return
-        begins = self.revision < 0  # earlier changes may have been missed
-        self.revision = last.end
+        # Earlier changes may have been missed: before the subscription, or in a message that could not be decoded.
+        missed = self.revision < 0 or last.start > self._reported
+        self.revision = self._reported = last.end
         if last.resync:
             self._filled.set()
             self._poll_now.set()
@@ -268,7 +271,7 @@ class Feed:
             self._local.invalidate()
             self._stale.set()
         if (
-            begins
+            missed
             or last.resync
             or step[0].clear
             or sum(len(part.set) + len(part.delete) for part in step) > MOST_PENDING

@@ -97,7 +97,7 @@ class CacheSession(Protocol):
 
         Returns:
             Whether the mirror was changed. False means that there is no mirror of this writer at
-            revision `step.start`. Then nothing was changed.
+            revision `step.start`, or that another client has written to it. Then nothing was changed.
         """
         ...
 

@@ -49,9 +49,9 @@ class Reader(MirrorAccess):
     A read raises `UnavailableError` while the cache does not answer, while there is no mirror, or while the
     revision of the mirror is lower than a revision that this reader has read. In these cases, a read never
     reports a key as missing. The message says what to do. In a web application, answer with 503, because the
-    writer repairs the mirror by itself. A read raises `UnsupportedError` if the server refuses the user, or
-    if a newer version of lab_state wrote the mirror. It raises `ClosedError` outside `async with`, and
-    `InvalidKeyError` for a key that no state can have.
+    writer repairs the mirror by itself. A read raises `UnsupportedError` if the server refuses the user, if
+    a newer version of lab_state wrote the mirror, or in a forked child. It raises `ClosedError` outside
+    `async with`, and `InvalidKeyError` for a key that no state can have.
 
     With `local=True` the reader keeps a local copy, which it loads in the background. After that, reads
     are from memory, without a round trip. While the copy is being loaded or reloaded, and while the
@@ -410,10 +410,10 @@ _KEYS_ALONE = Decoding(None, _no_value)
 
 
 def _asked(key: object) -> str:
-    """Return a key as a plain `str`, if a state can hold it. An imported state may hold keys that `set` refuses.
+    """Return a key as a plain `str`, if a mirror can have it. Another client may have written a key that `set` refuses.
 
     Raises:
-        InvalidKeyError: No state can hold the key.
+        InvalidKeyError: No mirror can have the key.
     """
     if not isinstance(key, str) or key == HEAD:
         return check_key(key)

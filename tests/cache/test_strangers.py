@@ -15,6 +15,7 @@ import lab_state.cache._feed
 import lab_state.cache._mirror
 import lab_state.cache._revision_guard
 from lab_state import (
+    Change,
     Config,
     InvalidKeyError,
     KeyNotFoundError,
@@ -97,6 +98,23 @@ async def test_a_message_that_cannot_be_read_is_left_out(
         assert list(cache.mirrors["name"].followers) == [subscription]
         assert reader.up
     assert len(lines(caplog)) == 1
+
+
+async def test_a_watch_after_steps_that_cannot_be_read(until: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """If steps cannot be decoded, a watch gets a `resync` with the next step, which does not begin where the last one ended."""
+    cache = MemoryCache()
+    session = await cache.open("name", "one")
+    assert await session.fill(1, parts(NOTHING), await session.look())
+    async with cache.reader("name") as reader, reader.watch() as changes:
+        place = cache.mirrors["name"]
+        assert (await anext(changes)).kind == "resync"
+        place.publish([message(1, 2, "one", Slice({"a": b"1"}, {}, []))])
+        assert (await anext(changes)).key == "a"
+        place.publish([b"step 2 to 3"])
+        await until(lambda: bool(lines(caplog)))
+        assert (await anext(changes)).kind == "resync"
+        place.publish([b"step 3 to 4", message(4, 5, "one", Slice({"b": b"1"}, {}, []))])
+        assert await anext(changes) == Change("", "resync", 5)
 
 
 async def test_messages_that_cannot_be_read_are_not_a_sign_of_life(
