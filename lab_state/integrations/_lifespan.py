@@ -13,6 +13,7 @@ from typing import Any, Self, TypeAlias, TypeVar
 
 import msgspec
 
+from lab_state._argument_types import kind_of
 from lab_state._status import Status
 from lab_state.cache import Reader
 from lab_state.exceptions import LockedError
@@ -90,7 +91,7 @@ def by_name(served: Iterable[S], kinds: tuple[type[Any], ...] = (Manager, Reader
     for one in served:
         if not isinstance(one, kinds):
             expected = " or ".join(f"a lab_state.{kind.__name__}" for kind in kinds)
-            raise TypeError(f"{expected} was expected, not {one!r}")
+            raise TypeError(f"{expected} was expected, not {kind_of(one)}")
         add(named, one)
     if not named:
         raise ValueError(f"no {' or '.join(map(_plural, kinds))} were given: pass one or more")

@@ -20,6 +20,7 @@ from litestar.plugins import InitPlugin
 from litestar.response import Stream
 from litestar.stores.base import NamespacedStore
 
+from lab_state._argument_types import kind_of
 from lab_state._transaction import Transaction
 from lab_state.cache import Reader
 from lab_state.exceptions import KeyNotFoundError
@@ -303,7 +304,7 @@ class LabStateStore(NamespacedStore):
             TypeError: `namespace` is not a `Namespace`.
         """
         if not isinstance(namespace, Namespace):
-            raise TypeError(f"a Namespace was expected, such as state.namespace('litestar'); not {namespace!r}")
+            raise TypeError(f"a Namespace was expected, such as state.namespace('litestar'); not {kind_of(namespace)}")
         self.namespace = namespace
 
     def __repr__(self) -> str:

@@ -427,5 +427,5 @@ async def test_the_store_does_not_own_the_manager(state: Manager) -> None:
 
 def test_a_store_needs_a_namespace() -> None:
     """A whole manager is refused, because `delete_all` would empty it."""
-    with pytest.raises(TypeError, match=r"such as state\.namespace\('litestar'\)"):
+    with pytest.raises(TypeError, match=r"such as state\.namespace\('litestar'\); not Manager$"):
         LabStateStore(Manager("web", MemoryStorage()))  # type: ignore[arg-type]

@@ -189,8 +189,10 @@ def test_arguments_are_checked_at_once() -> None:
         lifespan()
     with pytest.raises(ValueError, match="two managers or readers have the name 'a'"):
         lifespan(make("a"), make("a"))
-    with pytest.raises(TypeError, match=r"a lab_state\.Manager or a lab_state\.Reader was expected, not 'a'"):
-        lifespan("a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"a lab_state\.Manager or a lab_state\.Reader was expected, not str$"):
+        lifespan("redis://me:hunter2@host")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"was expected, not the class Manager$"):
+        lifespan(Manager)  # type: ignore[arg-type]
 
 
 # Finding a manager
