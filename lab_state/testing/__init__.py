@@ -121,6 +121,8 @@ class _Fault:
 class FaultyStorage:
     """A storage that passes its calls to another storage, and fails on demand.
 
+    The state cannot be shared. Calls for a history or a list of states do not reach the other storage.
+
     Faults are planned for each operation. Each call of the operation uses up one planned fault, in
     the order in which the faults were planned.
 
