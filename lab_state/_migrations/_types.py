@@ -157,9 +157,7 @@ def _is_read(tree: object, way: tuple[Any, ...], type_: Any) -> bool:
     """Return whether a type reads the probe in decoded JSON: it refuses the probe, or writes it again. `way` is the path to the probe."""
     try:
         again = encode(decode_value(Json(encode(tree)), type_))
-    except (MemoryError, RecursionError):
-        raise
-    except Exception:  # noqa: BLE001 -- a serializer of the caller may raise any error
+    except (TypeMismatchError, TypeError, ValueError):  # Pydantic raises a `ValueError` for each error of a serializer
         return True
     # A type that reads the probe under an alias writes it under another name.
     return _MARK.encode() in again or _has(decode_json(again), way)

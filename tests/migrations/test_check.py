@@ -46,6 +46,13 @@ class Model(BaseModel):
     inner: dict[str, int] = {}
 
 
+class Truth(msgspec.Struct, omit_defaults=True):
+    flag: Any = False
+
+    def __post_init__(self) -> None:
+        self.flag = bool(self.flag)
+
+
 VALUES: dict[str, Any] = {
     "n": 1,
     "users/a": {"name": "A"},
@@ -241,6 +248,7 @@ async def test_typed_writes() -> None:
         ({"name": "A", "inner": {"a": 1}}, Model, None),
         ({"name": "A", "extra": 1}, Model, "$.extra"),
         ({"any": "thing"}, dict[str, Any], None),
+        ({"flag": False}, Truth, None),
         ([1, 1], set[int], None),
         (5, int, None),
     ],
@@ -316,6 +324,21 @@ def test_a_type_that_cannot_write_what_it_reads(type_: Any, path: str, text: str
     assert found is not None
     assert (found.key, found.path, text in found.expected, "5678" in found.expected) == ("key", path, True, False)
     assert Types({"": type_}, strict=False).misfit("key", Json(b'{"word":"5678"}')) is None
+
+
+class Large:
+    @classmethod
+    def model_validate_json(cls, _data: bytes, **_options: object) -> Large:
+        return cls()
+
+    def model_dump_json(self, **_options: object) -> str:
+        raise MemoryError
+
+
+def test_a_value_that_needs_too_much_memory() -> None:
+    """A lack of memory is raised to the caller. It does not say that the value is wrong."""
+    with pytest.raises(MemoryError):
+        Types({"": Large}, strict=True).misfit("key", Json(b"{}"))
 
 
 def test_a_serializer_that_refuses_the_probe() -> None:
