@@ -267,7 +267,7 @@ def doctor(state: Target, **options: Any) -> None:
 @click.option(
     "--if",
     "since",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=2**63 - 1),
     metavar="REVISION",
     help="Write only if the key has not changed after REVISION.",
 )

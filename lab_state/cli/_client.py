@@ -1,7 +1,6 @@
 """A client of a running shared state, without a copy of the state. Each call is sent to the owner.
 
-The client is a process of the shared state, but it applies no record. So it starts at once, however
-large the state is. Each call has a number. If the owner ends without an answer, the client connects to the next owner, and
+The client is a process of the shared state, but it applies no record. So it starts at once, also if the state is large. Each call has a number. If the owner ends without an answer, the client connects to the next owner, and
 sends the call once more with the same number and id. The next owner finds the result in its table, or executes the
 call. So the call is made once, or not at all.
 """
@@ -78,8 +77,8 @@ class Client:
     async def connect(self) -> bool:
         """Connect to the owner. Return whether it has admitted this client.
 
-        Return False if no process accepts the connection. Return False, too, if the owner may have forgotten this client since the
-        last connection.
+        Return False if no process accepts the connection, or if the connection ends before the owner's welcome. Return False, too,
+        if the owner may have forgotten this client since the last connection.
 
         Raises:
             UnsupportedError: The owner refuses this client, or another program answers. Or a permission is missing.

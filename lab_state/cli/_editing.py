@@ -21,12 +21,13 @@ _BOM = b"\xef\xbb\xbf"
 def edited(text: bytes) -> Generator[bytes]:
     """Open a text in the user's editor, and yield the edited text.
 
-    If the editor fails, or the block raises an error, a changed text is kept in a file that only this user can read. A line on stderr
-    names the file. Otherwise all files of the editor are deleted.
+    If the editor fails, or the block raises an error, a text that is changed and not empty is kept in a file that only this user can
+    read. A line on stderr names the file. Otherwise all files of the editor are deleted.
 
     Raises:
         ClickException: The editor cannot be started, or failed.
         StorageError: The file could not be written or read.
+        OSError: The directory for temporary files is missing, or cannot be written.
     """
     # Only this user can read the directory, and the files that the editor leaves beside the text.
     directory = tempfile.mkdtemp(prefix="lab-state-edit-")

@@ -21,7 +21,7 @@ from lab_state.storage._worker import Threads, Worker
 
 
 async def backup(output: Output, state: Target, target: str, *, json: bool) -> None:
-    """Write a state to one file, without its manager."""
+    """Read a state, and write it to one file. No program needs to have the state open."""
     loaded = await load(state.name, storage_at(state.place))
     found = loaded.state
     thread = Worker(Threads("lab_state backup"))

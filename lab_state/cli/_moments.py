@@ -18,7 +18,7 @@ from lab_state.cli._changes import Change, of_record, text_of
 from lab_state.cli._diff import differences
 from lab_state.cli._exits import USAGE, Stop, message_of
 from lab_state.cli._output import Output
-from lab_state.cli._storages import check_deposes, described, entries_of, raw_of, storage_at
+from lab_state.cli._storages import check_deposes, described, entries_of, expiry_of, raw_of, storage_at
 from lab_state.cli._target import Place, Target
 from lab_state.cli._text import age_text, counted, live_text, size_text, time_text
 from lab_state.cli._when import parse_when
@@ -61,7 +61,9 @@ def _row(output: Output, members: dict[str, Any]) -> tuple[str, ...]:
 async def history(output: Output, state: Target, key: str | None, *, json: bool, nl: bool) -> None:
     """Print the generations of a state, or each stored change of a key."""
     if json and (nl or key is not None):
-        raise Stop(USAGE, "history prints one object or lines of JSON, and of a key only lines: use --json or --nl")
+        raise Stop(
+            USAGE, "--json and --nl exclude each other, and the changes of a key are printed only as lines: use --nl"
+        )
     storage = storage_at(state.place)
     if key is not None:
         async for change in changes_of_key(storage, state.name, key):
@@ -165,13 +167,16 @@ async def _compare(output: Output, state: Target, storage: Storage, moment: int 
     """Print how many keys a restore in place would add, remove and change."""
     then = await read_state(state.name, storage, at=moment)
     now = await read_state(state.name, storage)
+    # A restore leaves out the keys that have expired since the moment.
+    time = now._core.state.now()  # noqa: SLF001 -- a view has no public call for its time
+    entries = {key: stored for key, stored in entries_of(then).items() if (expiry_of(stored) or time + 1) > time}
     counts = {"added": 0, "removed": 0, "changed": 0}
-    for found in differences(entries_of(now), entries_of(then)):
+    for found in differences(entries_of(now), entries):
         counts[found.kind] += 1
     wall = _milliseconds(then.wall)
     if json:
-        output.one(at_revision=then.revision, wall=wall, keys=len(then), **counts)
+        output.one(at_revision=then.revision, wall=wall, keys=len(entries), **counts)
         return
-    output.line(f"revision {then.revision} of {time_text(wall)}: {counted(len(then), 'key')}")
+    output.line(f"revision {then.revision} of {time_text(wall)}: {counted(len(entries), 'key')}")
     words = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     output.line(f"compared with revision {now.revision}: {words}; nothing was written")

@@ -137,7 +137,7 @@ def note(text: str) -> None:
 
 
 def drop(stream: TextIO) -> None:
-    """Drop the text that a stream still holds. Otherwise the interpreter would write the text at its end. This may fail again, or block."""
+    """Drop the text that a stream still holds. Otherwise the interpreter would write it at exit, which may fail again, or block."""
     null = fs.open_null(os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

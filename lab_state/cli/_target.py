@@ -30,7 +30,8 @@ class Place(NamedTuple):
         return f"{S3}{self.bucket}/{self.prefix}" if self.prefix else f"{S3}{self.bucket}"
 
     def state(self, name: str) -> str:
-        """Return the STATE of a name at this place."""
+        """Return the STATE of a name at this place. `parse_state` removes one `.json` from its end."""
+        name = f"{name}.json" if name.endswith(".json") else name
         return f"{self}/{name}" if self.bucket else os.path.join(self.directory, name)
 
 

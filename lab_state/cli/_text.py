@@ -30,6 +30,7 @@ def as_utf8(path: str) -> str:
 def shown_json(text: str, encoding: str = "utf-8") -> str:
     r"""Return JSON as a terminal may show it: the same JSON, with `\u…` in place of each character that cannot be printed.
 
+    If the encoding is not one of Unicode, each character that is not ASCII is escaped, too.
     Line breaks between values are kept. Inside a string, JSON has no line break.
     """
     if text.isascii() and text.replace("\n", "").isprintable():

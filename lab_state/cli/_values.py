@@ -46,7 +46,7 @@ async def keys(
 ) -> None:
     """Print the keys with a prefix, in order."""
     if json and (nl or tree):
-        raise Stop(USAGE, "keys prints one object or lines of JSON, and with --tree only lines: use --json or --nl")
+        raise Stop(USAGE, "--json and --nl exclude each other, and a tree is printed only as lines: use --nl")
     view = await read(state, at)
     found = await view.keys(prefix, after=after, limit=None if tree else limit)
     if tree:

@@ -225,7 +225,7 @@ class Stopped:
             draft.set_many(plain)
             for key, (value, at) in expiring.items():
                 draft.set(key, value)
-                # A `ttl` would be rounded, and its time would pass meanwhile.
+                # With `ttl=`, the expiry would be another one: rounded, and counted from a later time.
                 draft._core.changes[key] = Expiring(encode_value(value), at)  # noqa: SLF001
         return len(plain) + len(expiring), draft.revision
 
@@ -241,7 +241,7 @@ class Shared:
     """The writer of a shared state that runs: each call is sent to its owner."""
 
     def __init__(self, client: Client) -> None:
-        """Write by way of a client that is connected."""
+        """Write through a client that is connected."""
         self._client = client
 
     async def set(self, key: str, value: Any, ttl: float | None, since: int | None) -> int:

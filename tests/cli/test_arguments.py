@@ -42,6 +42,7 @@ NOW = datetime(2026, 3, 1, 12, 30, 15, tzinfo=timezone(timedelta(hours=1)))
         ("shop", Place("."), "shop"),
         ("/shop", Place("/"), "shop"),
         ("/var/state/shop.json", Place("/var/state"), "shop"),
+        ("state/shop.json.json", Place("state"), "shop.json"),
         ("s3://bucket/shop", Place("", "bucket"), "shop"),
         ("s3://bucket/a/b/shop", Place("", "bucket", "a/b"), "shop"),
     ],

@@ -112,6 +112,18 @@ async def test_a_value_of_another_program_is_in_the_history(tmp_path: Path) -> N
     assert [(one["revision"], one["value"]) for one in found] == [(0, 1), (1, 2)]
 
 
+async def test_a_dry_run_leaves_out_what_has_expired(tmp_path: Path) -> None:
+    """A key that has expired since the moment is not restored, so `restore --dry-run` does not count it."""
+    past = Past("stopped", tmp_path)
+    async with Manager(Config(name="shop", flush_interval=0), past.history()) as state:
+        await state.set_many({"a": 1, "long": 1})
+        await state.set("soon", 1, ttl=0.001)
+        await state.set("long", 2, ttl=3600)
+    dry = ("restore", past.state, "--at", "r2", "--into", "shop", "--dry-run", "--json")
+    found = (await past.run(*dry)).json
+    assert [found[name] for name in ("keys", "added", "removed", "changed")] == [2, 0, 0, 1]
+
+
 async def test_a_restore_names_the_command_that_undoes_it(tmp_path: Path) -> None:
     """The line works in a shell as it stands, with any path."""
     past = Past("stopped", tmp_path / "a directory's name")

@@ -237,6 +237,7 @@ async def test_bad_input_is_refused_before_the_state_is_opened(tmp_path: Path) -
         (("set", "--create", world.state, "$lab_state", "1"), ""),
         (("set", "--create", "--ttl", "0", world.state, "a", "1"), ""),
         (("set", "--create", "--ttl", "nan", world.state, "a", "1"), ""),
+        (("set", "--create", "--if", str(2**63), world.state, "a", "1"), ""),
         (("load", "--create", world.state), '{"a": 1, "b'),
         (("load", "--create", "--nl", world.state), '{"key":"a","value":1}\n{"key":"b","va'),
         (("delete", world.state, "\0"), ""),
