@@ -12,7 +12,7 @@ from typing import NamedTuple
 from lab_state._catalog import list_states
 from lab_state._loading import load
 from lab_state.cli._client import Client
-from lab_state.cli._exits import Stop, code_of, is_missing
+from lab_state.cli._exits import USAGE, Stop, code_of, is_missing
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
@@ -61,7 +61,7 @@ async def doctor(output: Output, state: Target, *, json: bool) -> None:
     try:
         loaded = await load(state.name, storage)
     except StorageError as error:
-        if is_missing(error):
+        if is_missing(error) or code_of(error) == USAGE:  # a path through a file is a wrong argument
             raise
         failure = error
         lines.append(Line("content", False, str(error)))
