@@ -140,6 +140,13 @@ class Feed:
             logger.warning("a reader receives no changes at present, and tries again: %s", error)
             self._logged_lost = True
 
+    def _works(self) -> None:
+        """Note that the subscription works. If it was lost before, log that."""
+        if self._logged_lost:
+            logger.debug("a reader receives changes again")
+        self._logged_lost = False
+        self._pauses.reset()
+
     async def _run_subscription(self) -> None:
         """Subscribe, and receive changes until the subscription is lost."""
         subscription = await self._source.subscribe()
@@ -203,6 +210,7 @@ class Feed:
         await subscription.ping()
         if self._local is not None and self._local.loaded and await self._head() != self._local.head:
             raise UnavailableError(f"{self._source.path}: the subscription brings no messages, but there are changes")
+        self._works()
 
     # Messages
 
@@ -214,10 +222,7 @@ class Feed:
                 self._skip_foreign()
                 continue
             self._heard = self._clock.monotonic()
-            if self._logged_lost:
-                logger.debug("a reader receives changes again")
-            self._logged_lost = False
-            self._pauses.reset()
+            self._works()
             self._collect(message, len(data))
 
     def _skip_foreign(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -623,6 +624,32 @@ async def test_an_outage_is_told_once(
             await until(lambda number=number: tried[0] == number)
             clock.advance(5)
     assert [record.message[:25] for record in caplog.records] == ["a reader receives no chan"]
+
+
+async def test_each_outage_is_told_if_no_manager_runs(caplog: pytest.LogCaptureFixture, until: Any, local: Any) -> None:
+    """A subscription that answers works again, even if it brings no messages. So the next outage is logged, too."""
+    caplog.set_level(logging.DEBUG, "lab_state")
+    clock, cache = ManualClock(), MemoryCache()
+    session = await cache.open("name", "one")
+    assert await session.fill(1, parts(), await session.look())
+    async with cache.reader("name", local=local, clock=clock) as reader:
+        followers = cache.mirrors["name"].followers
+        for number in range(1, 3):
+            await until(lambda: len(followers) == 1)
+            [subscription] = followers
+            subscription.cut()
+            await until(lambda number=number: sum("no changes" in text for text in caplog.messages) == number)
+            for _ in range(10):
+                clock.advance(1)
+                for _ in range(20):
+                    await asyncio.sleep(0)
+        assert reader.up
+    assert [text[:25] for text in caplog.messages] == ["a reader receives no chan", "a reader receives changes"] * 2
+
+
+async def parts() -> AsyncIterator[Slice]:
+    """Yield the slices of a small state."""
+    yield Slice({"a": b"1"}, {}, [])
 
 
 @pytest.mark.parametrize("spoilt", [b"", b"nonsense", b'"\x89"', b"[1,", b"\xff"])
