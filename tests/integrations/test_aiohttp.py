@@ -120,6 +120,26 @@ async def test_streams_of_an_application_that_is_started_again() -> None:
             await response.read()
 
 
+async def test_a_client_that_has_left_is_noticed_by_the_next_changes() -> None:
+    """Without a heartbeat, the handler of a stream ends when a change cannot be sent."""
+    state, ended = make("a"), list[web.StreamResponse]()
+    app = web.Application()
+    setup(app, state)
+
+    async def events(request: web.Request) -> web.StreamResponse:
+        ended.append(await sse(request, state.watch(), heartbeat=60))
+        return ended[0]
+
+    app.router.add_get("/", events)
+    async with TestClient(TestServer(app)) as client:
+        response = await client.get("/")
+        await response.content.readuntil(b"resync")
+        response.close()
+        while not ended:
+            await state.incr("n")
+            await asyncio.sleep(0)
+
+
 async def test_what_had_started_is_stopped_when_a_later_one_fails() -> None:
     """A manager that cannot be started stops those before it, of the same call and of earlier ones."""
     faulty = FaultyStorage(MemoryStorage())
