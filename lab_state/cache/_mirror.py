@@ -29,7 +29,6 @@ start this is not needed, because the start has made this manager the owner.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import AsyncGenerator
 
@@ -410,8 +409,11 @@ class MirrorWriter:
     async def _close(self) -> None:
         session, self._session = self._session, None
         if session is not None:
-            with contextlib.suppress(Exception):  # no error of a cache may end the task
+            try:
                 await session.aclose()
+            except (Exception, asyncio.CancelledError) as error:  # no error of a cache may end the task
+                if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                    raise
 
     # Heartbeats
 

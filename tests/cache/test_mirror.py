@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from faulty_cache import FaultyCache, lines, manager
+from faulty_cache import FaultyCache, FaultySession, lines, manager
 from mirrored import mirror_of
 
 import lab_state.cache._backlog
@@ -219,6 +219,34 @@ async def test_a_cache_that_breaks_its_promise(faulty: FaultyCache, clock: Manua
         assert mirror_of(state).error == "the cache failed with ZeroDivisionError, which a cache must not raise"
         clock.advance(1)
         await until(lambda: mirror_of(state).up)
+
+
+async def test_a_session_that_cancels_its_end(
+    faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `CancelledError` of `aclose` does not end the task. A cancellation of the task ends it, even during `aclose`."""
+    closing = asyncio.Event()
+
+    async def aclose(_: FaultySession) -> None:
+        if closing.is_set():
+            await asyncio.Event().wait()
+        closing.set()
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(FaultySession, "aclose", aclose)
+    faulty.fail("look", UnavailableError("gone"))
+    async with manager(faulty, clock) as state:
+        await until(closing.is_set)
+        clock.advance(1)
+        await until(lambda: mirror_of(state).up)
+        faulty.fail("apply", UnavailableError("gone"))
+        await state.set("a", 1)
+        await until(lambda: not mirror_of(state).up)
+        mirror = state._mirror
+        assert mirror is not None
+        mirror._task.cancel()
+        await asyncio.wait({mirror._task})
+        assert mirror._task.cancelled()
 
 
 async def test_more_than_is_kept(
