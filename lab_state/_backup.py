@@ -97,8 +97,8 @@ class BackedUp:
 
         The file is written beside `path` under a temporary name, synced, and renamed. So a file at `path` is always a whole
         backup: the older one or the new one. Only the user of the process can read a new file. A file that replaces an older
-        backup gets the owner and the mode of that backup. If the process is killed, a file `<path>.<8 digits>.tmp` may be left.
-        Delete it.
+        backup gets the owner and the mode of that backup. If the process is killed, a file `<path>.<8 hexadecimal digits>.tmp` may
+        be left. Delete it.
 
         A second call at the same time writes a second file. With the same path, the last rename wins. If the caller
         is cancelled, or `stop()` is called meanwhile, the temporary file is deleted. If the rename has begun, the new

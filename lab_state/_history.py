@@ -42,8 +42,9 @@ async def list_generations(name: str, storage: Storage) -> list[Generation]:
     The call takes no lock and writes nothing, and works beside a manager that runs. Normally it reads only the
     beginning and the end of each file, so the time of a call grows with the number of generations, and not with their size.
 
-    A generation that cannot be read at all is left out, and the next one has a hole before it. If the files in use
-    are damaged, or the state was removed, the list has only the history. Otherwise the last generation is in use.
+    A damaged generation is left out if the call notices the damage, and the next one may have a hole before it. If the generation
+    in use is damaged in this way, or the state was removed, the list has only the history. Otherwise the last generation is in
+    use. Damage in the middle of a file is noticed only by a call that reads the generation.
 
     If the caller is cancelled, nothing stays open. Each call reads everything again.
 
@@ -55,8 +56,8 @@ async def list_generations(name: str, storage: Storage) -> list[Generation]:
         InvalidNameError: The name is not allowed; see `Config.name`.
         TypeError: The name is not a `str`, or the storage is not a storage.
         UnsupportedError: There is no state of this name, and no history of it: check the name and the storage. Or the storage
-            is neither a `FileStorage` nor an `S3Storage`. Or a permission is missing, or a newer version of lab_state wrote the
-            files in use: use that version.
+            is neither a `FileStorage` nor an `S3Storage`. Or a permission is missing, or a newer version of lab_state wrote a
+            journal of the state or of its history: use that version. `read_state` with `at` still reads the other generations.
         CorruptionError: The files in use are damaged, and there is no history: restore a copy.
         UnavailableError: The list could not be read this time: call again.
     """

@@ -106,7 +106,7 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
 
     Raises:
         ValueError: The moment is outside of the history, in a hole of it, or in the future.
-        UnsupportedError: The history does not have the moment, and the files in use cannot be read.
+        UnsupportedError: There is no such state. Or no generation that can be read has the moment, and another one cannot be read.
         CorruptionError: Each generation that has the moment is damaged.
         UnavailableError: Ten times in a row, the generation was pruned or replaced before it could be read.
         StorageError: See `History`.
@@ -122,7 +122,7 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
 
 
 def _find(listed: Listing, at: At, now: float) -> FoundGeneration:
-    """Return the generation that has a moment. If none has it, the files in use may have it, so raise their error."""
+    """Return the generation that has a moment. If none has it, a generation that cannot be read may have it, so raise its error."""
     try:
         return find(listed.found, at, now)
     except ValueError:
@@ -154,7 +154,7 @@ async def generations(history: History, name: str) -> list[FoundGeneration]:
     """Return the generations of a state; at least one.
 
     Raises:
-        UnsupportedError: The files in use cannot be read, for example because a newer version of lab_state wrote them.
+        UnsupportedError: A generation cannot be read, for example because a newer version of lab_state wrote it.
         StorageError: See `listing`.
     """
     found, unreadable = await listing(history, name)
@@ -164,7 +164,7 @@ async def generations(history: History, name: str) -> list[FoundGeneration]:
 
 
 async def listing(history: History, name: str) -> Listing:
-    """Return the generations of a state; at least one. If the files in use cannot be read, return the history.
+    """Return the generations of a state that can be read; at least one.
 
     Raises:
         CorruptionError: The state in use is damaged, and there is no history.

@@ -281,7 +281,16 @@ async def test_a_bad_path_is_refused(
 
 
 @pytest.mark.parametrize(
-    "name", ["test.json", "test.journal", "test.lock", "test.sock", "test.json.01234567.tmp", "test.json.replaced-1"]
+    "name",
+    [
+        "test.json",
+        "test.journal",
+        "test.lock",
+        "test.sock",
+        "test.history",
+        "test.json.01234567.tmp",
+        "test.json.replaced-1",
+    ],
 )
 @pytest.mark.parametrize("shared", [False, True])
 async def test_the_files_of_a_state_are_refused(tmp_path: Path, *, name: str, shared: bool) -> None:
@@ -299,6 +308,19 @@ async def test_the_files_of_a_state_are_refused(tmp_path: Path, *, name: str, sh
     assert await restored(directory / "other.json") == ({"a": 1}, 1)
     async with Manager(NAME, FileStorage(directory)) as state:
         assert await state.get_all() == {"a": 1}
+
+
+async def test_a_file_of_a_history_is_refused(tmp_path: Path) -> None:
+    """A backup there would replace a generation. Other names in a directory with such a name are accepted."""
+    async with Manager(NAME, FileStorage(tmp_path, history=3600)) as state:
+        await state.set("a", 1)
+    (kept,) = (tmp_path / "test.history").iterdir()
+    (tmp_path / "other").mkdir()
+    async with Manager(NAME, FileStorage(tmp_path, history=3600)) as state:
+        with pytest.raises(UnsupportedError, match="a name for a file in the history of a state"):
+            await state.backup(kept)
+        await state.backup(tmp_path / "other" / kept.name)
+        await state.backup(tmp_path / "test.history" / "mine")
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -12,12 +12,13 @@ from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._directory import Paths
+from lab_state.storage._generations import parse_name
 from lab_state.storage._new_journal import spoiled
 from lab_state.storage._os_errors import translated
 from lab_state.storage._worker import Worker
 
 _OF_A_STATE = re.compile(
-    r"(.+)\.(?:lock|sock|(?:json|journal)(?:\.(?:[0-9a-f]{8}\.tmp|(?:torn|replaced)-\d+(?:-\d+)?))?)", re.DOTALL
+    r"(.+)\.(?:lock|sock|history|(?:json|journal)(?:\.(?:[0-9a-f]{8}\.tmp|(?:torn|replaced)-\d+(?:-\d+)?))?)", re.DOTALL
 )
 """A name that a file of a state may have. The file belongs to a state if the lock file of that state is beside it."""
 
@@ -86,6 +87,10 @@ def _check_place(path: str, own: Paths | None) -> None:
     if match is not None and lookup.fingerprint(os.path.join(real, f"{match[1]}.lock")) is not None:
         raise UnsupportedError(
             f"{path} is a name for a file of the state {match[1]!r} in this directory: choose another name or another directory"
+        )
+    if parse_name(name) is not None and real.endswith(".history"):
+        raise UnsupportedError(
+            f"{path} is a name for a file in the history of a state: choose another name or another directory"
         )
     with translated("looking up", path):
         try:

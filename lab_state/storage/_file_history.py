@@ -20,7 +20,7 @@ from lab_state.storage import _directory as folder
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._directory import Paths
 from lab_state.storage._file_reader import is_held, read_files
-from lab_state.storage._fs_read import OpenFile, open_to_read
+from lab_state.storage._fs_read import OpenFile, open_to_read, status_of
 from lab_state.storage._generations import (
     Moment,
     Span,
@@ -60,9 +60,9 @@ def list_generations(given_up: threading.Event, directory: str, name: str) -> Li
     """
     paths = Paths.of(folder.absolute(directory), name)
     found: list[FoundGeneration] = []
-    unreadable: UnsupportedError | None = None
+    errors: list[UnsupportedError] = []
     for _ in range(_MOST_LISTS):
-        in_use, found, unreadable = _listed(paths, name, given_up)
+        in_use, found, errors = _listed(paths, name, given_up)
         found = _in_order(found, None if in_use is None else in_use.span.first.revision)
         if in_use is None:
             break
@@ -74,27 +74,31 @@ def list_generations(given_up: threading.Event, directory: str, name: str) -> Li
         if reached is in_use:
             break
         # The writer has made a checkpoint since the files in use were read. So the history may have later generations by now.
-    if unreadable is not None and not found:
-        raise unreadable
-    return Listing(found, None if unreadable is None or unreadable.is_missing else unreadable)
+    unreadable = next((error for error in errors if not error.is_missing), None)
+    if errors and not found:
+        raise unreadable or errors[0]
+    return Listing(found, unreadable)
 
 
 def _listed(
     paths: Paths, name: str, given_up: threading.Event
-) -> tuple[FoundGeneration | None, list[FoundGeneration], UnsupportedError | None]:
-    """Return the generation in use, then those of the history, and the error if there is no state of this name, or if it cannot be read.
+) -> tuple[FoundGeneration | None, list[FoundGeneration], list[UnsupportedError]]:
+    """Return the generation in use, those of the history, and the errors of the generations that are missing or cannot be read.
 
     The files in use come first: a generation that a checkpoint moves meanwhile is then found twice, and never missed.
     """
     in_use: FoundGeneration | None = None
-    unreadable: UnsupportedError | None = None
-    with _opened(paths.journal) as found_journal, _opened(paths.snapshot) as found_snapshot:
-        try:
-            with contextlib.suppress(CorruptionError):  # a call that needs this generation raises the error
-                in_use = _in_use(paths, name, found_journal, found_snapshot, given_up)
-        except UnsupportedError as error:
-            unreadable = error
-        return in_use, _kept(paths, name), unreadable
+    errors: list[UnsupportedError] = []
+    try:
+        with (
+            contextlib.suppress(CorruptionError),  # a call that needs this generation raises the error
+            _opened(paths.journal) as found_journal,
+            _opened(paths.snapshot) as found_snapshot,
+        ):
+            in_use = _in_use(paths, name, found_journal, found_snapshot, given_up)
+    except UnsupportedError as error:
+        errors.append(error)
+    return in_use, _kept(paths, name, errors), errors
 
 
 def read_generation(given_up: threading.Event, directory: str, name: str, generation: FoundGeneration) -> Reading:
@@ -197,7 +201,9 @@ def _span_by_ends(name: str, found_journal: OpenFile, found_snapshot: OpenFile |
     except StorageError:
         return None
     if head.base == ANY_BASE:
-        first = _first_of_full(name, found_journal)
+        # The name of such a journal in the history has the time of its header; see `journal_file`.
+        full = _first_of_full(name, found_journal)
+        first = None if full is None else Moment(full.revision, head.wall or full.wall)
     elif head.base == NO_BASE:
         first = Moment(0, head.wall) if found_snapshot is None else None
     else:
@@ -264,25 +270,35 @@ def _in_order(found: list[FoundGeneration], newest: int | None) -> list[FoundGen
     return sorted(found, key=lambda one: (life(one.span.first), one.span.first, one.span.last))
 
 
-def _kept(paths: Paths, name: str) -> list[FoundGeneration]:
-    """Return the generations in the directory of the history."""
+def _kept(paths: Paths, name: str, errors: list[UnsupportedError]) -> list[FoundGeneration]:
+    """Return the generations in the directory of the history. Add the error of each generation that cannot be read to `errors`."""
     try:
         names = lookup.names_in(paths.history)
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
             return []
         raise
-    files = (file for file in map(parse_name, names) if file is not None)
-    found = (_found(paths, name, one) for one in grouped(files).generations)
-    return [one for one in found if one is not None]
+    found: list[FoundGeneration] = []
+    for one in grouped(file for file in map(parse_name, names) if file is not None).generations:
+        try:
+            if (generation := _found(paths, name, one)) is not None:
+                found.append(generation)
+        except UnsupportedError as error:
+            errors.append(error)
+    return found
 
 
 def _found(paths: Paths, name: str, generation: StoredGeneration) -> FoundGeneration | None:
-    """Return one generation with its last moment. Return `None` if it was pruned, or cannot be read."""
+    """Return one generation with its last moment. Return `None` if it was pruned, or if no file of it can be used.
+
+    Raises:
+        UnsupportedError: A newer version of lab_state wrote a journal of it. Or a permission is missing.
+        StorageError: A file cannot be looked up or read.
+    """
     first, size = Moment(generation.first, generation.wall), 0
     snapshot = None if generation.snapshot is None else format_name(generation.snapshot)
     if snapshot is not None:
-        status = _status(f"{paths.history}/{snapshot}")
+        status = status_of(f"{paths.history}/{snapshot}")
         if status is None:
             return None
         size = status.st_size
@@ -308,13 +324,6 @@ def _last_of(name: str, file: OpenFile, first: Moment) -> Moment | None:
     start = file.read(_FIRST_READ)
     try:
         head = journal.read_header(start, name, file.path)
-    except StorageError:
+    except CorruptionError:
         return None
     return _last(file, start, head.salt, first)
-
-
-def _status(path: str) -> os.stat_result | None:
-    try:
-        return os.stat(path)
-    except OSError:
-        return None

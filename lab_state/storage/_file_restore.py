@@ -63,7 +63,11 @@ def new_writer(
         StorageError: See `Storage.open`.
     """
     paths, lock = take_lock(directory, name, create=True)
-    there = next((path for path in (paths.snapshot, paths.history) if lookup.fingerprint(path) is not None), None)
+    try:
+        there = next((path for path in (paths.snapshot, paths.history) if lookup.fingerprint(path) is not None), None)
+    except BaseException:
+        lock.release()
+        raise
     if there is not None:
         lock.release()
         raise _exists(name, there)
@@ -71,7 +75,7 @@ def new_writer(
         writer, recovery = load_writer(paths, name, lock, tried, leftovers, create=True, keeping=keeping)
     except CorruptionError as error:
         raise _exists(name, paths.journal) from error
-    if recovery.records:
+    if recovery.records or recovery.snapshot is not None:  # the journal may have the whole state
         writer.close()
         raise _exists(name, paths.journal)
     return writer, recovery

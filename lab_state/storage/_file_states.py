@@ -22,6 +22,7 @@ from lab_state.storage._generations import parse_name
 from lab_state.storage._history import FoundState
 from lab_state.storage._history_files import delete, link_present
 from lab_state.storage._lock import read_holder
+from lab_state.storage._os_errors import storage_error
 from lab_state.storage._protocol import no_directory, no_state
 
 _FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})\.(json|journal|lock|history)", re.ASCII)
@@ -77,11 +78,17 @@ def _history_of(paths: Paths, in_use: set[lookup.Identity]) -> int:
 
 
 def _status(path: str) -> os.stat_result | None:
-    """Return the status of a regular file; `None` if there is none, or if it was deleted just now."""
+    """Return the status of a regular file; `None` if there is none, or if it was deleted just now.
+
+    Raises:
+        StorageError: The file cannot be looked up.
+    """
     try:
         found = os.lstat(path)
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise storage_error("looking up", path, error) from error
     return found if stat.S_ISREG(found.st_mode) else None
 
 

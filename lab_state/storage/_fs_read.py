@@ -91,7 +91,7 @@ def has_moved(path: str, opened: OpenFile | None, *, grows: bool = False) -> boo
         opened: The file that the path named before; `None` if there was no file.
         grows: Whether the file may grow. Then a new size or time is not a change.
     """
-    now = _status(path)
+    now = status_of(path)
     if now is None or opened is None:
         return (now is None) != (opened is None)
     then = opened.status
@@ -102,10 +102,15 @@ def has_moved(path: str, opened: OpenFile | None, *, grows: bool = False) -> boo
 
 def is_there(path: str) -> bool:
     """Return whether there is a file of any type at the path."""
-    return _status(path) is not None
+    return status_of(path) is not None
 
 
-def _status(path: str) -> os.stat_result | None:
+def status_of(path: str) -> os.stat_result | None:
+    """Return the status of a file; `None` if it is missing. Follow a symbolic link.
+
+    Raises:
+        StorageError: The file cannot be looked up.
+    """
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -16,6 +16,7 @@ linked early still grows.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zlib
 from bisect import bisect_right
@@ -183,6 +184,13 @@ class _Record(msgspec.Struct, frozen=True, rename={"start": "from", "end": "to"}
     wall: int = 0
 
 
+class _Whole(msgspec.Struct, frozen=True, rename={"member": "$lab_state"}):
+    """A whole snapshot. Its keys and values are ignored."""
+
+    member: _Member
+
+
+_decode_whole = msgspec.json.Decoder(_Whole).decode
 _decode_member = msgspec.json.Decoder(_Member).decode
 _decode_record = msgspec.json.Decoder(_Record).decode
 
@@ -201,8 +209,11 @@ def moment_of_snapshot(end: bytes) -> Moment | None:
         # A result of a call, which is inside the member, may contain the same text as the name of the member. Only after the
         # real name is the text up to the last brace one JSON object.
         if (found := _member(end[at + len(_MEMBER) : -1])) is not None:
-            # A person who edits a snapshot deletes its checksum, and the edit is the next revision; see `_codec.check_member`.
-            return Moment(found.revision + (found.crc32 is None), found.wall)
+            return _moment_of(found)
+    if end.startswith(b"{") and _MEMBER in end:
+        # In an edited snapshot, the member may be in another place. The end of a snapshot is no JSON object, and gives None.
+        with contextlib.suppress(*NOT_JSON):
+            return _moment_of(_decode_whole(end).member)
     return None
 
 
@@ -211,6 +222,11 @@ def _member(data: bytes) -> _Member | None:
         return _decode_member(data)
     except NOT_JSON:
         return None
+
+
+def _moment_of(member: _Member) -> Moment:
+    # A person who edits a snapshot deletes its checksum, and the edit is the next revision; see `_codec.check_member`.
+    return Moment(member.revision + (member.crc32 is None), member.wall)
 
 
 def moment_of_record(record: bytes) -> Moment | None:

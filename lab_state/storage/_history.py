@@ -35,7 +35,8 @@ class Listing(NamedTuple):
 
     Attributes:
         found: The generations that can be read, the oldest first. The one in use, if it can be read, is the last.
-        unreadable: Why the list lacks the generation in use, if that one is not damaged, but cannot be read; otherwise `None`.
+        unreadable: Why the list lacks a generation that is not damaged, but cannot be read; `None` if it lacks none. Of several
+            errors, the one of the generation in use.
     """
 
     found: list[FoundGeneration]
@@ -112,8 +113,8 @@ class History(Protocol):
         """Return the generations that can be read.
 
         The call takes no lock, and works while a writer has the state open. It usually reads only the first and the last bytes
-        of each file. If the state in use is damaged, or a newer version of lab_state wrote it, the list has only the older
-        generations. If it is damaged, the list may be empty.
+        of each file. If the state in use is damaged or cannot be read, the list has only the older generations. If it is damaged,
+        the list may be empty. See `Listing.unreadable` for files that a newer version of lab_state wrote, or without a permission.
 
         Raises:
             UnsupportedError: There is neither a state of this name nor a history of it. Or a permission is missing. Or the state

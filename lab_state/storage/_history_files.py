@@ -20,7 +20,7 @@ import msgspec
 from lab_state import _journal as journal
 from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
 from lab_state._log import Log
-from lab_state.exceptions import UnavailableError, UnsupportedError
+from lab_state.exceptions import CorruptionError, UnavailableError, UnsupportedError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
@@ -92,7 +92,8 @@ def present_files(paths: Paths, name: str, base: str, known: lookup.Fingerprint 
     and does not follow it.
 
     Raises:
-        StorageError: A file cannot be read, or is not a file of this state, or the snapshot that the journal needs is missing.
+        CorruptionError: The journal is damaged, or the snapshot that it needs is missing.
+        StorageError: A file cannot be read.
     """
     snapshot = _present_snapshot(paths.snapshot, base, known)
     found, head = lookup.fingerprint(paths.journal), fs.read(paths.journal, HEAD_BYTES)
@@ -114,7 +115,9 @@ def present_files(paths: Paths, name: str, base: str, known: lookup.Fingerprint 
         # A crash during a checkpoint left the new snapshot beside this journal, and the history does not have the old one.
         header, follows, first = msgspec.structs.replace(header, base=base), snapshot, snapshot.file.first
     else:
-        raise UnavailableError(f"the snapshot that {paths.journal} follows is missing, so its records cannot be kept")
+        raise CorruptionError(
+            paths.journal, 0, "the snapshot that this journal follows is missing, so its records cannot be kept"
+        )
     link = Link(paths.journal, found, journal_file(first, header.wall, header.base, header.salt))
     return [link] if follows is None else [follows, link]
 
@@ -261,7 +264,8 @@ def sizes_in(directory: str) -> dict[HistoryFile, int]:
         for entry in entries:
             file = parse_name(entry.name)
             if file is not None:
-                sizes[file] = entry.stat(follow_symlinks=False).st_size
+                with contextlib.suppress(FileNotFoundError):  # a person has deleted it just now
+                    sizes[file] = entry.stat(follow_symlinks=False).st_size
     return sizes
 
 

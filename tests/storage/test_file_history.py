@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 from collections.abc import Awaitable, Callable
@@ -30,10 +31,12 @@ from lab_state import (
     restore_state,
 )
 from lab_state import _journal as journal
-from lab_state._journal import ANY_BASE, FrameKind
+from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
 from lab_state.storage import _file_history, _lookup, _new_journal
+from lab_state.storage._directory import Paths
 from lab_state.storage._generations import parse_name
 from lab_state.storage._history import FoundGeneration, Listing, history_of
+from lab_state.storage._history_files import link_present
 from lab_state.testing import ManualClock
 
 NAIVE = datetime(2023, 11, 14, 22, 13, 20)  # noqa: DTZ001 -- this is the subject
@@ -367,6 +370,84 @@ async def test_a_state_of_a_newer_version(tmp_path: Path, clock: ManualClock, mo
         file.unlink()
     with pytest.raises(UnsupportedError, match="journal format 2"):
         await get(tmp_path, clock, 12)
+
+
+async def test_a_generation_of_a_newer_version(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not left out of the list without a word. Other generations can be read. The error is also that of its own moments."""
+    await make_history(tmp_path, clock)
+    path = part(tmp_path, journal=True)
+    head = journal.read_header(path.read_bytes(), "lab", str(path))
+    monkeypatch.setattr(journal, "FORMAT", 2)
+    newer = journal.header("lab", head.salt, head.base)
+    monkeypatch.undo()
+    path.unlink()
+    path.write_bytes(newer)
+    for _ in range(2):
+        for call in (list_generations("lab", FileStorage(tmp_path)), get(tmp_path, clock, 6)):
+            with pytest.raises(UnsupportedError, match=f"{path.name} has journal format 2"):
+                await call
+        for name in ("lab.json", "lab.journal"):  # a removed state
+            (tmp_path / name).unlink(missing_ok=True)
+        assert (await get(tmp_path, clock, 3))[0] == 3
+
+
+async def test_only_a_generation_of_a_newer_version_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of a removed state does not hide it."""
+    monkeypatch.setattr(journal, "FORMAT", 2)
+    newer = journal.header("lab", "0" * 16, NO_BASE)
+    monkeypatch.undo()
+    (tmp_path / "lab.history").mkdir()
+    (tmp_path / "lab.history" / f"{0:020}-0-{'0' * 16}-none.journal").write_bytes(newer)
+    with pytest.raises(UnsupportedError, match="journal format 2"):
+        await list_generations("lab", FileStorage(tmp_path))
+
+
+@pytest.mark.parametrize("end", ["json", "journal"])
+async def test_a_file_in_use_that_cannot_be_opened(tmp_path: Path, clock: ManualClock, end: str) -> None:
+    """The history can be read. The list, and a moment that only this file may have, raise its error."""
+    await make_history(tmp_path, clock)
+    (tmp_path / f"lab.{end}").unlink()
+    (tmp_path / f"lab.{end}").mkdir()
+    assert (await get(tmp_path, clock, 11))[0] == 11
+    for call in (list_generations("lab", FileStorage(tmp_path)), get(tmp_path, clock, 13)):
+        with pytest.raises(UnsupportedError, match=rf"lab.{end} is not a regular file"):
+            await call
+
+
+async def test_a_snapshot_that_cannot_be_looked_up(tmp_path: Path, clock: ManualClock) -> None:
+    """It is not taken for a pruned one."""
+    await make_history(tmp_path, clock)
+    path = part(tmp_path, journal=False)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(UnsupportedError, match=f"looking up .*{path.name} failed: .*loop of symbolic links"):
+        await list_generations("lab", FileStorage(tmp_path))
+
+
+async def test_an_edited_snapshot_whose_member_is_not_the_last_one(tmp_path: Path, clock: ManualClock) -> None:
+    """A tool that sorts the keys moves the member to another place. The list has the revision that a start loads."""
+    await make_history(tmp_path, clock, generations=1)
+    entries = json.loads((tmp_path / "lab.json").read_bytes())
+    member = entries.pop("$lab_state")
+    del member["crc32"]
+    (tmp_path / "lab.json").write_text(json.dumps({"$lab_state": member, **entries}))
+    assert (await list_generations("lab", FileStorage(tmp_path)))[-1][:2] == (5, 5)
+    assert (await get(tmp_path, clock, 5))[0] == 5
+
+
+async def test_a_linked_journal_with_the_whole_state_is_listed_once(tmp_path: Path, clock: ManualClock) -> None:
+    """Its name in the history has the time of its header, which is later than the time of the whole state in it."""
+    async with Manager("lab", FileStorage(tmp_path / "other"), clock=clock) as state:
+        await state.set("a", 1)
+    clock.advance(1)
+    whole = (tmp_path / "other/lab.json").read_bytes()
+    start = journal.header("lab", "0" * 16, ANY_BASE, int(clock.time() * 1000))
+    (tmp_path / "lab.journal").write_bytes(start + journal.frame("0" * 16, FrameKind.FULL, whole))
+    await asyncio.to_thread(link_present, Paths.of(str(tmp_path), "lab"), "lab", NO_BASE, None)
+    assert len(history(tmp_path)) == 1
+    assert [one.in_use for one in await list_generations("lab", FileStorage(tmp_path))] == [True]
 
 
 async def test_a_damaged_state_in_use(tmp_path: Path, clock: ManualClock) -> None:

@@ -34,8 +34,8 @@ from lab_state import (
     restore_state,
 )
 from lab_state import _journal as journal
-from lab_state._journal import NO_BASE, FrameKind
-from lab_state.storage import _file_restore, _fs, _keeping, _new_journal
+from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
+from lab_state.storage import _file_restore, _fs, _keeping, _lookup, _new_journal
 from lab_state.storage._history import history_of
 from lab_state.testing import ManualClock
 
@@ -209,6 +209,40 @@ async def test_into_a_state_without_a_snapshot(storage: FileStorage, clock: Manu
         with pytest.raises(ValueError, match=r"'copy' exists: .*copy.journal is there"):
             await restore_state("lab", storage, 4, into="copy", clock=clock)
     (tmp_path / "copy.journal").write_bytes(start)
+    await restore_state("lab", storage, 4, into="copy", clock=clock)
+
+
+async def test_into_a_state_whose_journal_has_the_whole_state(
+    storage: FileStorage, clock: ManualClock, tmp_path: Path
+) -> None:
+    """A writer that was killed after a failed write may leave such a journal without a snapshot. Nothing is changed."""
+    await fill(storage, clock)
+    async with Manager("copy", FileStorage(tmp_path / "other"), clock=clock) as state:
+        await state.set("mine", 1)
+    whole = journal.frame("salt", FrameKind.FULL, (tmp_path / "other/copy.json").read_bytes())
+    (tmp_path / "copy.journal").write_bytes(journal.header("copy", "salt", ANY_BASE) + whole)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'copy' exists: .*copy.journal is there"):
+            await restore_state("lab", storage, 4, into="copy", clock=clock)
+    assert await values(storage, clock, "copy") == {"mine": 1}
+
+
+async def test_a_name_that_cannot_be_looked_up(
+    storage: FileStorage, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is raised, and the lock is released."""
+    await fill(storage, clock)
+    fingerprint = _lookup.fingerprint
+
+    def refused(path: str) -> object:
+        if path.endswith("copy.history"):
+            raise UnavailableError(f"looking up {path} failed")
+        return fingerprint(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_lookup, "fingerprint", refused)
+        with pytest.raises(UnavailableError, match="looking up"):
+            await restore_state("lab", storage, 4, into="copy", clock=clock)
     await restore_state("lab", storage, 4, into="copy", clock=clock)
 
 

@@ -124,6 +124,9 @@ def test_the_moment_of_an_edited_snapshot() -> None:
     data = snapshot()
     edited = data[: data.rfind(b',"crc32"')] + b"}}"
     assert moment_of_snapshot(edited) == moment_of_snapshot(edited + b"\n") == Moment(43, 1700)
+    member, rest = edited[edited.rfind(b'"$lab_state"') : -1], edited[1 : edited.rfind(b',"$lab_state"')]
+    assert moment_of_snapshot(b"{" + member + b"," + rest + b"}") == Moment(43, 1700)
+    assert moment_of_snapshot(b'{"a":' + edited + b"}") is None
 
 
 def test_the_moment_of_a_record() -> None:

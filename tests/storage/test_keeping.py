@@ -625,6 +625,21 @@ async def test_a_file_that_another_process_has_deleted(tmp_path: Path, monkeypat
     assert "0jnone" not in shown(tmp_path)
 
 
+def test_a_file_that_is_deleted_during_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list has all other files. Otherwise a journal after it would look like one without a snapshot, and would be deleted."""
+    names = [f"{number:020}-1-7-ee7d2b8b.json" for number in range(3)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"1")
+
+    def parsed(name: str) -> HistoryFile | None:
+        monkeypatch.undo()
+        (tmp_path / name).unlink()
+        return parse_name(name)
+
+    monkeypatch.setattr(_history_files, "parse_name", parsed)
+    assert len(_history_files.sizes_in(str(tmp_path))) == 2
+
+
 async def test_the_journal_is_gone_when_generations_are_deleted(tmp_path: Path, disk: Disk) -> None:
     """Nothing is known to be in use then. A rule of the limits still holds."""
     await generations(tmp_path, 2)

@@ -175,6 +175,18 @@ async def test_a_damaged_state_can_be_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lab.damaged-1", "lab.history", "lab.lock"]
 
 
+async def test_a_state_without_the_snapshot_that_its_journal_follows_can_be_removed(tmp_path: Path) -> None:
+    """It is damaged, too. Each further call failed in the same way before."""
+    await fill(FileStorage(tmp_path))
+    async with Manager("lab", FileStorage(tmp_path)) as state:
+        await state.set("a", 9)
+        await state.flush()
+        (tmp_path / "copy").mkdir()
+        (tmp_path / "copy/lab.journal").write_bytes((tmp_path / "lab.journal").read_bytes())
+    await remove_state("lab", FileStorage(tmp_path / "copy", history=WEEK))
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["lab.lock"]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 async def test_a_state_that_runs(tmp_path: Path, *, shared: bool) -> None:
     """It is not removed, whether it is shared or not."""
@@ -250,6 +262,14 @@ async def test_memory() -> None:
     await remove_state("lab", storage, history=True)
     with pytest.raises(UnsupportedError, match="there is no state at memory:lab"):
         await remove_state("lab", storage)
+
+
+async def test_a_file_that_cannot_be_looked_up_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that cannot be looked up is not left out."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.setattr(_lookup, "names_in", lambda _: ["lab.json"])
+    with pytest.raises(UnsupportedError, match=r"looking up .*lab.json failed: .*loop of symbolic links"):
+        await list_states(FileStorage(tmp_path / "loop"))
 
 
 async def test_a_file_that_is_gone_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
