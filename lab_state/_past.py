@@ -187,14 +187,23 @@ async def _load_from(history: History, name: str, found: FoundGeneration, at: At
 
     async def read(_: str) -> Reading:
         reading = await history.read(name, found)
-        if found.in_use and reading.snapshot is not None:
-            begins = moment_of_snapshot(reading.snapshot)
-            if begins is not None and begins.revision > found.span.first.revision:
-                raise GoneError(f"{reading.path} was replaced; list the generations again")
+        check_is_same(reading, found)
         count = until(reading.records, at)
         return reading._replace(records=reading.records[:count], durable=min(reading.durable, count))
 
     return await load_by(read, name) if found.in_use else await decoded(await read(name))
+
+
+def check_is_same(reading: Reading, found: FoundGeneration) -> None:
+    """Check that a reading is of the generation that was listed.
+
+    Raises:
+        GoneError: A checkpoint has replaced the generation in use.
+    """
+    if found.in_use and reading.snapshot is not None:
+        begins = moment_of_snapshot(reading.snapshot)
+        if begins is not None and begins.revision > found.span.first.revision:
+            raise GoneError(f"{reading.path} was replaced; list the generations again")
 
 
 async def with_remedy(error: CorruptionError, name: str, storage: Storage) -> CorruptionError:

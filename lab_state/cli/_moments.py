@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from typing import Any
 from lab_state._catalog import StateInfo, list_states
 from lab_state._codec import LoadedState, decode_record, decode_snapshot
 from lab_state._history import Generation, list_generations
-from lab_state._past import generations
+from lab_state._past import check_is_same, generations
 from lab_state._restore import restore_state
 from lab_state._state_view import read_state
 from lab_state.cli._changes import Change, of_record, text_of
@@ -22,9 +23,13 @@ from lab_state.cli._storages import check_deposes, described, entries_of, expiry
 from lab_state.cli._target import Place, Target
 from lab_state.cli._text import age_text, counted, live_text, size_text, time_text
 from lab_state.cli._when import parse_when
-from lab_state.exceptions import LabStateError
-from lab_state.storage._history import history_of
+from lab_state.exceptions import LabStateError, UnavailableError
+from lab_state.storage._generations import Moment
+from lab_state.storage._history import GoneError, history_of
 from lab_state.storage._protocol import Reading, Storage
+
+_MOST_LISTS = 10
+"""The number of times that the generations are listed while checkpoints replace the files in use."""
 
 
 async def ls(output: Output, place: Place, *, nl: bool) -> None:
@@ -106,17 +111,31 @@ def _milliseconds(seconds: float | None) -> int | None:
 
 
 async def readings(storage: Storage, name: str, since: int | datetime | None) -> AsyncIterator[Reading]:
-    """Yield the generations of a state, the oldest first. With a moment, leave out those that end before it, except the one in use."""
-    past = history_of(storage)
-    for one in await generations(past, name):
-        last = one.span.last
-        is_before = (
-            last.wall < since.timestamp() * 1000
-            if isinstance(since, datetime)
-            else since is not None and last.revision <= since
-        )
-        if one.in_use or not is_before:
-            yield await past.read(name, one)
+    """Yield the generations of a state, the oldest first. With a moment, leave out those that end before it, except the one in use.
+
+    Raises:
+        UnavailableError: Ten times in a row, a checkpoint replaced the files in use before they were read.
+        StorageError: See `list_generations`.
+    """
+    past, seen = history_of(storage), set[Moment]()
+    for _ in range(_MOST_LISTS):
+        # After a checkpoint, the generation that was in use is in the next list, if the state has a history.
+        with contextlib.suppress(GoneError):
+            for one in await generations(past, name):
+                if one.span.first in seen or (not one.in_use and _is_before(one.span.last, since)):
+                    continue
+                reading = await past.read(name, one)
+                check_is_same(reading, one)
+                seen.add(one.span.first)
+                yield reading
+            return
+    raise UnavailableError(f"the state {name!r} was replaced by checkpoints while it was read; read it again")
+
+
+def _is_before(last: Moment, since: int | datetime | None) -> bool:
+    if isinstance(since, datetime):
+        return last.wall < since.timestamp() * 1000
+    return since is not None and last.revision <= since
 
 
 async def changes_of_key(storage: Storage, name: str, key: str) -> AsyncIterator[Change]:

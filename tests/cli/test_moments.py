@@ -11,7 +11,10 @@ import pytest
 from commanded import Kind, World
 from s3_world import endpoint
 
-from lab_state import Config, FileStorage, Manager, S3Storage, read_state
+from lab_state import Config, FileStorage, Manager, S3Storage, UnavailableError, read_state
+from lab_state._codec import decode_record
+from lab_state.cli import _moments
+from lab_state.cli._moments import readings
 
 
 class Past(World):
@@ -110,6 +113,33 @@ async def test_a_value_of_another_program_is_in_the_history(tmp_path: Path) -> N
         await state.set("a", 2)
         found = (await world.run("history", "--nl", world.state, "a")).lines
     assert [(one["revision"], one["value"]) for one in found] == [(0, 1), (1, 2)]
+
+
+async def test_a_checkpoint_while_the_history_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a checkpoint replaces the generation in use before it is read, it is read from the history. No change is left out.
+
+    If checkpoints replace it again and again, an error says so.
+    """
+    storage = FileStorage(tmp_path, history=3600)
+    config = Config(name="shop", flush_interval=0)
+    async with Manager(config, storage) as state:
+        await state.set("a", 1)
+    async with Manager(config, storage) as state:
+        await state.set("a", 2)
+        await state.set("a", 3)
+        reading = readings(storage, "shop", None)
+        revisions = [decode_record(record).end for record in (await anext(reading)).records]
+    async with Manager(config, storage) as state:
+        await state.set("a", 4)
+        revisions += [decode_record(record).end async for one in reading for record in one.records]
+        assert revisions == [1, 2, 3, 4]
+        monkeypatch.setattr(_moments, "_MOST_LISTS", 1)
+        reading = readings(storage, "shop", None)
+        await anext(reading)
+    async with Manager(config, storage) as state:
+        await state.set("a", 5)
+        with pytest.raises(UnavailableError, match="read it again"):
+            _ = [one async for one in reading]
 
 
 async def test_a_dry_run_leaves_out_what_has_expired(tmp_path: Path) -> None:
