@@ -91,7 +91,7 @@ class Tally:
 
 
 class Client:
-    """One client, with one connection that it keeps, and makes again when it is lost."""
+    """One client, with one connection at a time."""
 
     def __init__(self, tally: Tally, port: int, number: int, longest: float = LONGEST) -> None:
         self._tally, self._port, self._longest = tally, port, longest
@@ -100,13 +100,17 @@ class Client:
         self._writer: asyncio.StreamWriter | None = None
 
     async def run(self) -> None:
-        """Count one id after the other, until the server is being stopped. Each tenth id is counted again after its acknowledgement."""
+        """Count one id after the other, until the server is being stopped.
+
+        Each tenth id is counted again after its acknowledgement, over a new connection, which may reach another worker.
+        """
         for number in count():
             if self._tally.is_ending:
                 break
             name = f"{self._name}-{number}"
             await self._count(name)
             if number % 10 == 9 and name in self._tally.numbers:
+                self._close()
                 await self._count(name)
         self._close()
 

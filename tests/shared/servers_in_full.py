@@ -241,9 +241,11 @@ async def test_another_release_is_refused(kind: str, tmp_path: Path) -> None:
 
 
 async def stop_one(server: Server, tally: Tally, role: str) -> int:
-    """Stop a worker with SIGSTOP, and return its process id."""
-    if role == "follower":
-        await tally.until(lambda: find_follower(server, tally))
+    """Stop a worker with SIGSTOP, and return its process id.
+
+    First wait until an owner and a follower have answered. Otherwise all clients could be connected to the stopped worker.
+    """
+    await tally.until(lambda: find_follower(server, tally))
     pid = server.owner() if role == "owner" else find_follower(server, tally)
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
