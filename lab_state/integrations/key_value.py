@@ -20,6 +20,7 @@ else:
             StoreConnectionError,
         )
 
+from lab_state._argument_types import kind_of
 from lab_state._periods import LONGEST_TTL
 from lab_state.exceptions import FencedError, InvalidValueError, StorageError
 from lab_state.handles import Namespace
@@ -71,7 +72,7 @@ class LabStateStore:
             InvalidKeyError: The prefix of the namespace is too long.
         """
         if not isinstance(namespace, Namespace):
-            raise TypeError(f"a Namespace was expected, such as state.namespace('mcp'); not {namespace!r}")
+            raise TypeError(f"a Namespace was expected, such as state.namespace('mcp'); not {kind_of(namespace)}")
         namespace.entry(
             f"{'c' * LONGEST}/{'k' * LONGEST}", dict
         )  # raises an error if the longest possible key is too long

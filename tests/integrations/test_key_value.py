@@ -473,7 +473,7 @@ def test_a_store_needs_a_namespace(state: Manager) -> None:
     """A whole manager is refused, because `destroy` would empty it. So are a collection that is no text, and a prefix that is too long."""
     with pytest.raises(TypeError, match="default_collection must be a str, not int"):
         LabStateStore(state.namespace("mcp"), default_collection=3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"such as state\.namespace\('mcp'\)"):
+    with pytest.raises(TypeError, match=r"such as state\.namespace\('mcp'\); not Manager$"):
         LabStateStore(state)  # type: ignore[arg-type]
     LabStateStore(state.namespace("n" * 510))
     with pytest.raises(InvalidKeyError):
