@@ -2,7 +2,7 @@
 
 A checkpoint runs in a separate task, and commits go on meanwhile. Only the checkpoint of `stop()` runs in
 the flush task. The result of each commit says whether a checkpoint is due. A checkpoint that failed
-is repeated after a pause. `Outcomes` counts and logs failures. There is at most one checkpoint at a time.
+is repeated after a pause, unless the manager stops or is fenced. `Outcomes` counts and logs failures. There is at most one checkpoint at a time.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ class Checkpoints:
 
     Attributes:
         due: Whether a checkpoint is due. After a failure this is True during the pause, too.
-        records: The number of records since the last snapshot. If the loaded changes are not certainly
-            durable, one more is counted.
+        records: The number of records since the last snapshot, or more. A record that is being written when the view is taken is
+            counted, even if the snapshot covers it. If the loaded changes are not certainly durable, one more is counted. 0
+            means that the snapshot covers all records.
         is_marked: Whether the last snapshot has the followed mark.
         task: The task of the last checkpoint that `start` has started; `None` if there is none.
-        pace: The schedule of the slices of a checkpoint, between commits.
+        pace: The schedule by which a checkpoint or a backup encodes its slices, so that they delay commits as little as
+            possible; see `Pace`.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and no two have the same type
@@ -73,7 +75,10 @@ class Checkpoints:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a due checkpoint waits only because `State.frozen` is set. After a failed checkpoint this is False."""
+        """Whether a due checkpoint waits because `State.frozen` is set: a view is in use, perhaps that of the checkpoint under way.
+
+        From a failed checkpoint until the next success, this is False.
+        """
         return self.due and not self._pauses.failures and self._state.frozen
 
     @property
@@ -129,7 +134,9 @@ class Checkpoints:
 
         def snapshot() -> AsyncIterator[bytes]:
             nonlocal before
-            before = self.records  # the snapshot covers these records, and not the records of later commits
+            before = (
+                self.records
+            )  # the snapshot covers these records; a commit under way, and later commits, are counted after this
             return views.take()
 
         try:

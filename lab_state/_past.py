@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
 from lab_state._loading import Decoded, decoded, load_by
-from lab_state.exceptions import CorruptionError, StorageError, UnavailableError
+from lab_state.exceptions import CorruptionError, StorageError, UnavailableError, UnsupportedError
 from lab_state.storage._generations import (
     Moment,
     described,
@@ -107,7 +107,7 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
     Raises:
         ValueError: The moment is outside of the history, in a hole of it, or in the future.
         UnsupportedError: There is no such state. Or no generation that can be read has the moment, and another one cannot be read.
-        CorruptionError: Each generation that has the moment is damaged.
+        CorruptionError: No generation that has the moment can be read, and the oldest of them is damaged.
         UnavailableError: Ten times in a row, the generation was pruned or replaced before it could be read.
         StorageError: See `History`.
     """
@@ -143,9 +143,9 @@ def _others(listed: list[FoundGeneration], at: At) -> list[FoundGeneration]:
 
 
 async def _load_first(history: History, name: str, found: list[FoundGeneration], at: At) -> Decoded:
-    """Return the content of the first generation that is not damaged."""
+    """Return the content of the first generation that can be read. If there is none, raise the error of the last one."""
     for one in found[:-1]:
-        with contextlib.suppress(CorruptionError):
+        with contextlib.suppress(CorruptionError, UnsupportedError):
             return await _load_from(history, name, one, at)
     return await _load_from(history, name, found[-1], at)
 

@@ -22,7 +22,7 @@ LATE = 0.002
 
 
 class Pace:
-    """The schedule of the slices of a checkpoint, while commits go on.
+    """The schedule of the slices of a checkpoint or a backup, while commits go on.
 
     Encoding a slice keeps the interpreter busy. The event loop and the threads of the storage share the interpreter.
     So encoding delays a commit that runs or starts at this time. The delay is smallest right after a commit was

@@ -89,7 +89,7 @@ async def read_state(
     the caller is cancelled, nothing stays open. Each call reads everything again.
 
     With `at`, the call reads the generation that has this moment. If several generations have the same revision, it reads
-    the newest one that is not damaged. The view shows the state as it was: keys that have expired since are in it. Earlier
+    the newest one that can be read. The view shows the state as it was: keys that have expired since are in it. Earlier
     generations are there if the `FileStorage` or `S3Storage` was told to keep a history. Without one, the moments since the
     last checkpoint can be read. The changes of one commit cannot be read separately. So `revision` of the view may be
     lower than `at`.

@@ -201,9 +201,7 @@ def _span_by_ends(name: str, found_journal: OpenFile, found_snapshot: OpenFile |
     except StorageError:
         return None
     if head.base == ANY_BASE:
-        # The name of such a journal in the history has the time of its header; see `journal_file`.
-        full = _first_of_full(name, found_journal)
-        first = None if full is None else Moment(full.revision, head.wall or full.wall)
+        first = _first_of_full(name, found_journal)
     elif head.base == NO_BASE:
         first = Moment(0, head.wall) if found_snapshot is None else None
     else:
@@ -304,26 +302,32 @@ def _found(paths: Paths, name: str, generation: StoredGeneration) -> FoundGenera
         size = status.st_size
         if not first.wall:
             first = first._replace(wall=status.st_mtime_ns // 1_000_000)
-    last, longest = first, None
+    span, longest = Span(first, first), None
     for file in map(format_name, generation.journals):
         with _opened(f"{paths.history}/{file}") as found:
             if found is None:
                 return None  # the generation is being pruned, and its snapshot is deleted next
             size += found.status.st_size
-            moment = _last_of(name, found, first)
-            if moment is not None and (longest is None or moment.revision >= last.revision):
-                last, longest = moment, file
+            ends = _span_of(name, found, first)
+            if ends is not None and (longest is None or ends.last.revision >= span.last.revision):
+                span, longest = ends, file
     if snapshot is None and longest is None:
         return None
     key = FileKey(generation.files[0].base, snapshot, longest)
-    return FoundGeneration(Span(first, last), size, in_use=False, key=key)
+    return FoundGeneration(span, size, in_use=False, key=key)
 
 
-def _last_of(name: str, file: OpenFile, first: Moment) -> Moment | None:
-    """Return the last moment of a journal in a history. Return `None` if its header is damaged."""
+def _span_of(name: str, file: OpenFile, first: Moment) -> Span | None:
+    """Return the moments of a journal in a history. Return `None` if its header is damaged.
+
+    The first moment is that of the whole state, if the journal has it. Otherwise it is `first`. The file name of such a journal has
+    another time, that of the header.
+    """
     start = file.read(_FIRST_READ)
     try:
         head = journal.read_header(start, name, file.path)
     except CorruptionError:
         return None
-    return _last(file, start, head.salt, first)
+    if head.base == ANY_BASE:
+        first = _first_of_full(name, file) or first
+    return Span(first, _last(file, start, head.salt, first))

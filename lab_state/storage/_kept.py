@@ -69,7 +69,11 @@ class KeptFiles:
 
 
 def _is_snapshot(path: str, size: int) -> bool:
-    """Return whether a file ends with the checksum of its bytes, as a snapshot does. Return False if it cannot be read."""
+    """Return whether a file ends with the checksum of its bytes, as a snapshot does. Return False if its end cannot be read.
+
+    Raises:
+        StorageError: See `has_bytes`.
+    """
     try:
         end = fs.read(path, start=max(0, size - SNAPSHOT_END_BYTES)) or b""
     except StorageError:
@@ -79,7 +83,11 @@ def _is_snapshot(path: str, size: int) -> bool:
 
 
 def has_bytes(path: str, size: int, base: str) -> bool:
-    """Return whether a file has the bytes that `base` names. Return False if it cannot be read."""
+    """Return whether a file has the bytes that `base` names. Return False if it cannot be opened.
+
+    Raises:
+        StorageError: The file was opened, but cannot be read.
+    """
     if not base.startswith(f"{size}-"):
         return False
     try:

@@ -372,6 +372,20 @@ async def test_a_state_of_a_newer_version(tmp_path: Path, clock: ManualClock, mo
         await get(tmp_path, clock, 12)
 
 
+async def test_a_snapshot_of_a_newer_version(tmp_path: Path, clock: ManualClock) -> None:
+    """It is listed. Its revision is read from the generation before it, which has this revision, too."""
+    await make_history(tmp_path, clock)
+    path = tmp_path / "lab.json"
+    path.write_bytes(path.read_bytes().replace(b'"format":1', b'"format":9'))
+    assert (await list_generations("lab", FileStorage(tmp_path)))[-1].in_use
+    assert (await get(tmp_path, clock, 12))[0] == 12
+    part(tmp_path, journal=True).unlink()
+    for file in history(tmp_path)[-2:]:
+        file.unlink()
+    with pytest.raises(UnsupportedError, match="has format 9"):
+        await get(tmp_path, clock, 12)
+
+
 async def test_a_generation_of_a_newer_version(
     tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,7 +452,10 @@ async def test_an_edited_snapshot_whose_member_is_not_the_last_one(tmp_path: Pat
 
 
 async def test_a_linked_journal_with_the_whole_state_is_listed_once(tmp_path: Path, clock: ManualClock) -> None:
-    """Its name in the history has the time of its header, which is later than the time of the whole state in it."""
+    """Its name in the history has the time of its header, which is later than the time of the whole state in it.
+
+    The earlier time is that of the generation, in use and in the history.
+    """
     async with Manager("lab", FileStorage(tmp_path / "other"), clock=clock) as state:
         await state.set("a", 1)
     clock.advance(1)
@@ -447,7 +464,11 @@ async def test_a_linked_journal_with_the_whole_state_is_listed_once(tmp_path: Pa
     (tmp_path / "lab.journal").write_bytes(start + journal.frame("0" * 16, FrameKind.FULL, whole))
     await asyncio.to_thread(link_present, Paths.of(str(tmp_path), "lab"), "lab", NO_BASE, None)
     assert len(history(tmp_path)) == 1
-    assert [one.in_use for one in await list_generations("lab", FileStorage(tmp_path))] == [True]
+    (found,) = await list_generations("lab", FileStorage(tmp_path))
+    assert (found.in_use, found.first_wall) == (True, START)
+    (tmp_path / "lab.journal").unlink()
+    (found,) = await list_generations("lab", FileStorage(tmp_path))
+    assert (found.in_use, found.first_wall) == (False, START)
 
 
 async def test_a_damaged_state_in_use(tmp_path: Path, clock: ManualClock) -> None:
