@@ -16,7 +16,7 @@ from lab_state.cli._exits import USAGE, Stop, code_of, is_missing
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
-from lab_state.cli._text import as_utf8, counted, live_text, size_text
+from lab_state.cli._text import counted, live_text, size_text
 from lab_state.exceptions import StorageError
 from lab_state.shared._address import address_of
 from lab_state.storage import _fs as fs
@@ -73,8 +73,7 @@ async def doctor(output: Output, state: Target, *, json: bool) -> None:
         _of_files(storage, state, size) if isinstance(storage, FileStorage) else _of_a_bucket(storage, state)
     )
     if json:
-        found = [{"subject": as_utf8(one.subject), "ok": one.is_good, "text": as_utf8(one.text)} for one in lines]
-        output.one(checks=found)
+        output.one(checks=[{"subject": one.subject, "ok": one.is_good, "text": one.text} for one in lines])
     else:
         for line in lines:
             mark = "ok  " if line.is_good else "LOOK"

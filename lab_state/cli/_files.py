@@ -14,7 +14,7 @@ from lab_state.cli._exits import CONFLICT, USAGE, Stop, is_missing
 from lab_state.cli._output import Output
 from lab_state.cli._storages import storage_at
 from lab_state.cli._target import Target
-from lab_state.cli._text import as_utf8, counted, size_text
+from lab_state.cli._text import counted, size_text
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage._backup_file import BackupFile, own_files
 from lab_state.storage._worker import Threads, Worker
@@ -42,7 +42,7 @@ async def backup(output: Output, state: Target, target: str, *, json: bool) -> N
         thread.shutdown()
     size = os.stat(target).st_size
     if json:
-        output.one(revision=found.revision, keys=len(found.entries), bytes=size, path=as_utf8(target))
+        output.one(revision=found.revision, keys=len(found.entries), bytes=size, path=target)
     else:
         keys = counted(len(found.entries), "key")
         output.line(f"{output.text(target)}: {keys}, {size_text(size)}, revision {found.revision}")

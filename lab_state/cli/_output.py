@@ -6,12 +6,12 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import msgspec
 
 from lab_state.cli._exits import BROKEN_PIPE, UNAVAILABLE, Stop
-from lab_state.cli._text import columns, shown, shown_json
+from lab_state.cli._text import as_utf8, columns, shown, shown_json
 from lab_state.storage import _fs as fs
 
 FORMAT = 1
@@ -52,8 +52,12 @@ class Output:
         self._write(text.encode(self._encoding, "backslashreplace") + b"\n")
 
     def json(self, value: Any) -> None:
-        """Write a value as JSON in one line."""
-        self.raw(_encode(value))
+        """Write a value as JSON in one line. A byte of a path that is not UTF-8 is escaped."""
+        try:
+            data = _encode(value)
+        except UnicodeEncodeError:
+            data = _encode(_in_utf8(value))
+        self.raw(data)
 
     def one(self, **members: Any) -> None:
         """Write the JSON of a subcommand whose output is one object: its first member is the format."""
@@ -124,6 +128,15 @@ class Output:
         """Write a line to stderr, if it is a terminal."""
         if sys.stderr.isatty():
             self.note(text)
+
+
+def _in_utf8(value: object) -> object:
+    """Return the value of a line of JSON, with `as_utf8` applied to each text in it."""
+    if isinstance(value, dict):
+        return {name: _in_utf8(member) for name, member in cast("dict[str, object]", value).items()}
+    if isinstance(value, list):
+        return [_in_utf8(one) for one in cast("list[object]", value)]
+    return as_utf8(value) if isinstance(value, str) else value
 
 
 def note(text: str) -> None:

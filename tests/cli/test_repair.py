@@ -297,7 +297,7 @@ async def test_a_report_on_a_directory_that_cannot_be_listed(tmp_path: Path) -> 
 
 
 async def test_names_in_a_report(tmp_path: Path) -> None:
-    """A path that is not UTF-8 is escaped. Files that another state has left are not in the report."""
+    """In JSON, a path that is not UTF-8 is escaped. Files that another state has left are not in the report."""
     directory = tmp_path / "a\udcff\x1b"
     world = World("stopped", directory)
     directory.mkdir()
@@ -307,6 +307,11 @@ async def test_names_in_a_report(tmp_path: Path) -> None:
         (directory / "state" / name).touch()
     done = await world.run("doctor", "--json", "state/shop")
     assert done.code == 0
+    (directory / "state" / "broken.json").write_text("{")
+    broken = (await world.run("ls", "--nl", "state")).lines[0]
+    assert f"{tmp_path}/a\\udcff\x1b/state/broken.json cannot be loaded" in broken["error"]
+    repaired = await world.run("repair", "--json", world.state.replace("shop", "broken"))
+    assert "/a\\udcff\x1b/state/broken.damaged-" in repaired.json["kept"]
     found = subjects(done.json)
     assert found["directory"][1].startswith(f"{tmp_path}/a\\udcff\x1b/state can be written")
     assert [subject for subject in found if "torn" in subject or "damaged" in subject] == ["shop.journal.torn-7"]
