@@ -16,7 +16,7 @@ from command import command
 from commanded import World, on_terminal, owner, set_to
 from msgspec import Raw
 
-from lab_state import Config, FileStorage, InvalidValueError, Manager, UnsupportedError
+from lab_state import Config, ConflictError, FileStorage, InvalidValueError, Manager, UnsupportedError
 from lab_state._codec import encode_snapshot
 from lab_state.cli import _app, _client, _watch
 from lab_state.cli._client import Client
@@ -104,6 +104,18 @@ async def test_watch_by_way_of_the_next_owner(
         await until(lambda: b"set  b  6" in b"".join(written))
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_an_edit_of_a_key_that_has_expired(tmp_path: Path) -> None:
+    """An edited value is not stored with an expiry that has come: it would be lost at once."""
+    async with Manager(Config(name="shop", shared=True), FileStorage(tmp_path)) as state:
+        await state.set("a", 0)
+        client = Client(FileStorage(tmp_path), "shop")
+        assert await client.connect()
+        with pytest.raises(ConflictError, match="'a' was changed meanwhile"):
+            await Shared(client).replace("a", b"0", int(client.now * 1000), 5, 1)
+        assert (await state.get("a"), state.revision) == (0, 1)
+        await client.aclose()
 
 
 async def test_changes_between_two_owners_are_noted(
