@@ -126,18 +126,14 @@ async def together(call: Call, tasks: int, seconds: float) -> tuple[float, list[
 
 
 @asynccontextmanager
-async def heartbeat(pause: float = 0.0005) -> AsyncIterator[list[float]]:
-    """Yield the gaps of a heartbeat while the block runs, in seconds.
-
-    With a `pause` of 0, the loop never sleeps. So the gaps do not contain the time that the machine needs to wake a
-    sleeping processor, which is many milliseconds on some virtual machines.
-    """
+async def heartbeat() -> AsyncIterator[list[float]]:
+    """Yield the gaps of a 0.5 ms heartbeat while the block runs, in seconds."""
     gaps, stop = [0.0], False
 
     async def beating() -> None:
         last = time.perf_counter()
         while not stop:
-            await asyncio.sleep(pause)
+            await asyncio.sleep(0.0005)
             now = time.perf_counter()
             gaps.append(now - last)
             last = now
@@ -150,9 +146,9 @@ async def heartbeat(pause: float = 0.0005) -> AsyncIterator[list[float]]:
     await beat
 
 
-async def longest_gap(work: Awaitable[Any], pause: float = 0.0005) -> float:
+async def longest_gap(work: Awaitable[Any]) -> float:
     """Return the longest gap of the heartbeat while `work` runs."""
-    async with heartbeat(pause) as gaps:
+    async with heartbeat() as gaps:
         await work
     return max(gaps)
 
