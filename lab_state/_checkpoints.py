@@ -2,7 +2,8 @@
 
 A checkpoint runs in a separate task, and commits go on meanwhile. Only the checkpoint of `stop()` runs in
 the flush task. The result of each commit says whether a checkpoint is due. A checkpoint that failed
-is repeated after a pause, unless the manager stops or is fenced. `Outcomes` counts and logs failures. There is at most one checkpoint at a time.
+is repeated after a pause, unless the manager stops or is fenced. `Outcomes` counts and logs failures. There is at most one
+checkpoint at a time.
 """
 
 from __future__ import annotations
@@ -134,9 +135,8 @@ class Checkpoints:
 
         def snapshot() -> AsyncIterator[bytes]:
             nonlocal before
-            before = (
-                self.records
-            )  # the snapshot covers these records; a commit under way, and later commits, are counted after this
+            # The snapshot covers these records. A commit under way, and later commits, are counted after this.
+            before = self.records
             return views.take()
 
         try:

@@ -26,7 +26,8 @@ At: TypeAlias = int | datetime
 """A moment: a revision, or an aware time."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MOST_LISTS = 10
+MOST_LISTS = 10
+"""The number of times that the generations are listed while checkpoints replace the files in use."""
 
 
 def check_at(at: object) -> At:
@@ -112,12 +113,12 @@ async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
         StorageError: See `History`.
     """
     history = history_of(storage)
-    for _ in range(_MOST_LISTS):
+    for _ in range(MOST_LISTS):
         listed = await listing(history, name)
         with contextlib.suppress(GoneError):  # the next list does not have the generation
             return await _load_first(history, name, [_find(listed, at, now), *_others(listed.found, at)], at)
     raise UnavailableError(
-        f"the history of {name!r} changed during each of {_MOST_LISTS} attempts to read it; read it again"
+        f"the history of {name!r} changed during each of {MOST_LISTS} attempts to read it; read it again"
     )
 
 

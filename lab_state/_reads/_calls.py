@@ -417,9 +417,8 @@ class Reads(Ranges):
             check_type(type_)
         found: dict[str, Any] = {}
         state = self._core.state
-        now = (
-            state.now() if state.expires else None
-        )  # one time for all keys, so that keys with the same expiry expire together
+        # One time is used for all keys, so that keys with the same expiry expire together.
+        now = state.now() if state.expires else None
         for key in keys:
             try:
                 value = self._get(key, MISSING_VALUE, type_) if now is None else self._get_at(now, key, type_)

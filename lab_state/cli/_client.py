@@ -1,8 +1,9 @@
 """A client of a running shared state, without a copy of the state. Each call is sent to the owner.
 
-The client is a process of the shared state, but it applies no record. So it starts at once, also if the state is large. Each call has a number. If the owner ends without an answer, the client connects to the next owner, and
-sends the call once more with the same number and id. The next owner finds the result in its table, or executes the
-call. So the call is made once, or not at all.
+The client is a process of the shared state, but it applies no record. So it starts at once, also if the state is large. Each
+call has a number. If the owner ends without an answer, the client connects to the next owner, and sends the call once more
+with the same number and id. The next owner finds the result in its table, or executes the call. So the call is made once, or
+not at all.
 """
 
 from __future__ import annotations

@@ -54,9 +54,7 @@ def schema_at(text: str) -> Schema:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise Stop(USAGE, f"{text} cannot be imported: {error}") from error
-    except SyntaxError as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise Stop(USAGE, f"{text} cannot be imported: {error}") from error
     except (Exception, SystemExit) as error:  # the code of the user may raise any error, or exit
         raise Stop(USAGE, f"{text} cannot be imported: {foreign_error(error)}") from error

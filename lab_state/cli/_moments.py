@@ -12,7 +12,7 @@ from typing import Any
 from lab_state._catalog import StateInfo, list_states
 from lab_state._codec import LoadedState, decode_record, decode_snapshot
 from lab_state._history import Generation, list_generations
-from lab_state._past import check_is_same, generations
+from lab_state._past import MOST_LISTS, check_is_same, generations
 from lab_state._restore import restore_state
 from lab_state._state_view import read_state
 from lab_state.cli._changes import Change, of_record, text_of
@@ -27,9 +27,6 @@ from lab_state.exceptions import LabStateError, UnavailableError
 from lab_state.storage._generations import Moment
 from lab_state.storage._history import GoneError, history_of
 from lab_state.storage._protocol import Reading, Storage
-
-_MOST_LISTS = 10
-"""The number of times that the generations are listed while checkpoints replace the files in use."""
 
 
 async def ls(output: Output, place: Place, *, nl: bool) -> None:
@@ -118,7 +115,7 @@ async def readings(storage: Storage, name: str, since: int | datetime | None) ->
         StorageError: See `list_generations`.
     """
     past, seen = history_of(storage), set[Moment]()
-    for _ in range(_MOST_LISTS):
+    for _ in range(MOST_LISTS):
         # After a checkpoint, the generation that was in use is in the next list, if the state has a history.
         with contextlib.suppress(GoneError):
             for one in await generations(past, name):

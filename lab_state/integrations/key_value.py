@@ -73,9 +73,8 @@ class LabStateStore:
         """
         if not isinstance(namespace, Namespace):
             raise TypeError(f"a Namespace was expected, such as state.namespace('mcp'); not {kind_of(namespace)}")
-        namespace.entry(
-            f"{'c' * LONGEST}/{'k' * LONGEST}", dict
-        )  # raises an error if the longest possible key is too long
+        # This raises an error if the longest possible key is too long.
+        namespace.entry(f"{'c' * LONGEST}/{'k' * LONGEST}", dict)
         self._namespace = namespace
         self.default_collection: Final = _text("default_collection", default_collection)
 
@@ -334,10 +333,8 @@ def _seconds(ttl: SupportsFloat | None) -> float | None:
         raise InvalidTTLError(ttl, {"type": type(ttl).__name__})
     try:
         seconds = float(ttl)
-    except (
-        OverflowError,
-        ValueError,
-    ):  # the error does not contain the number, which may have too many digits for `str`
+    except (OverflowError, ValueError):
+        # The error does not contain the number, which may have too many digits for `str`.
         raise InvalidTTLError("a number that no float can hold", {"type": type(ttl).__name__}) from None
     if not 0 < seconds <= LONGEST_TTL:
         raise InvalidTTLError(ttl)

@@ -133,7 +133,7 @@ async def test_a_checkpoint_while_the_history_is_read(tmp_path: Path, monkeypatc
         await state.set("a", 4)
         revisions += [decode_record(record).end async for one in reading for record in one.records]
         assert revisions == [1, 2, 3, 4]
-        monkeypatch.setattr(_moments, "_MOST_LISTS", 1)
+        monkeypatch.setattr(_moments, "MOST_LISTS", 1)
         reading = readings(storage, "shop", None)
         await anext(reading)
     async with Manager(config, storage) as state:

@@ -83,7 +83,7 @@ def test_a_crash(workload: Workload, explorer: Explorer, most_bytes: int) -> Non
     """A crash at any point of a workload leaves each acknowledged version in some generation."""
     states = 0
     for seed in itertools.count():
-        result = explorer.explore(record(workload, seed, history_bytes=most_bytes), 64 if THOROUGH else 3, seed)
+        result = explorer.explore(record(workload, seed, history_bytes=most_bytes), 64 if THOROUGH else 4, seed)
         assert not result.violations, result.violations[0]
         states += result.distinct
         if states >= SHARE:

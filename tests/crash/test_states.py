@@ -22,7 +22,7 @@ from recorder import Faults
 from recovery import Recovery
 from workloads import Workload
 
-STATES = int(os.environ.get("LAB_STATE_CRASH_STATES", "5000"))
+STATES = int(os.environ.get("LAB_STATE_CRASH_STATES", "6000"))
 THOROUGH = STATES >= 100_000
 """Whether there is time for every plan, not only for as many as make the states."""
 

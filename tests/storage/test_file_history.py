@@ -347,18 +347,23 @@ async def test_memory_keeps_no_history() -> None:
             await call
 
 
+def write_in_a_newer_format(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace a journal by one that a newer version of lab_state wrote."""
+    head = journal.read_header(path.read_bytes(), "lab", str(path))
+    monkeypatch.setattr(journal, "FORMAT", 2)
+    newer = journal.header("lab", head.salt, head.base)
+    monkeypatch.undo()
+    path.unlink()  # it may be a link to a file of the history
+    path.write_bytes(newer)
+
+
 async def test_a_state_of_a_newer_version(tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not listed as a removed one. The history can be read. A moment that only the newer files may have is an error."""
     await make_history(tmp_path, clock)
     async with Manager("lab", FileStorage(tmp_path), clock=clock) as state:
         await state.set("a", 1)
     path = tmp_path / "lab.journal"
-    head = journal.read_header(path.read_bytes(), "lab", str(path))
-    monkeypatch.setattr(journal, "FORMAT", 2)
-    newer = journal.header("lab", head.salt, head.base)
-    monkeypatch.undo()
-    path.unlink()
-    path.write_bytes(newer)
+    write_in_a_newer_format(path, monkeypatch)
     with pytest.raises(UnsupportedError, match="journal format 2"):
         await list_generations("lab", FileStorage(tmp_path))
     assert (await get(tmp_path, clock, 12))[0] == 12
@@ -392,12 +397,7 @@ async def test_a_generation_of_a_newer_version(
     """It is not left out of the list without a word. Other generations can be read. The error is also that of its own moments."""
     await make_history(tmp_path, clock)
     path = part(tmp_path, journal=True)
-    head = journal.read_header(path.read_bytes(), "lab", str(path))
-    monkeypatch.setattr(journal, "FORMAT", 2)
-    newer = journal.header("lab", head.salt, head.base)
-    monkeypatch.undo()
-    path.unlink()
-    path.write_bytes(newer)
+    write_in_a_newer_format(path, monkeypatch)
     for _ in range(2):
         for call in (list_generations("lab", FileStorage(tmp_path)), get(tmp_path, clock, 6)):
             with pytest.raises(UnsupportedError, match=f"{path.name} has journal format 2"):

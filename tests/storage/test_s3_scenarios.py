@@ -20,7 +20,7 @@ from lab_state.storage.s3 import _open, _outcomes
 from lab_state.storage.s3._open import Loader
 from lab_state.storage.s3._session import S3Session
 
-ORDINARY = 20
+ORDINARY = 40
 SCENARIOS = int(os.environ.get("LAB_STATE_TEST_S3_SCENARIOS", ORDINARY))
 """How many; more with `nox -s s3-scenarios`."""
 
